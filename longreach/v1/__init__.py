@@ -1,0 +1,1 @@
+"""Generated protocol stubs; regenerate with `make proto`."""

@@ -1,0 +1,1 @@
+"""Retrieval node: stores offloaded KV, indexes it and answers partial attention. No torch here."""
