@@ -1,0 +1,156 @@
+"""Sparse prefill patterns: the executor equals the reference mask, the selections their papers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpu_worker.patterns import PATTERNS, attend_chunk
+from gpu_worker.patterns.base import KEY_BLOCK, Pattern
+from gpu_worker.patterns.reference import attend_reference, selection_mask
+from gpu_worker.patterns.vertical_slash import VerticalSlash, diagonal_sums
+
+SMALL: dict[str, dict[str, int | float | bool]] = {
+    "dense": {},
+    "a_shape": {"sink_tokens": 64, "window_tokens": 128},
+    "block_sparse": {"top_blocks": 3},
+    "vertical_slash": {"verticals": 40, "slashes": 120},
+    "adaptive": {"mass": 0.7, "dense_below": 0, "band_tokens": 64, "dense_last_rows": 32},
+}
+
+
+def make(name: str) -> Pattern:
+    return PATTERNS[name](**SMALL[name])
+
+
+def tensors(q_heads: int, kv_heads: int, n: int, d: int, seed: int) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(h, n, d, generator=g) for h in (q_heads, kv_heads, kv_heads))
+    return 2 * q, k, v
+
+
+def run_chunked(
+    pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    n, scale = q.shape[1], q.shape[-1] ** -0.5
+    state = pattern.probe(q, k, scale) if pattern.needs == "prompt" else None
+    results = [
+        attend_chunk(pattern, q[:, a : a + chunk], k[:, : a + chunk], v[:, : a + chunk], a, n,
+                     scale, state)
+        for a in range(0, n, chunk)
+    ]  # fmt: skip
+    return (
+        torch.cat([r.output for r in results], 1),
+        torch.cat([r.lse for r in results], 1),
+        sum(r.pairs_attended for r in results),
+    )
+
+
+@pytest.mark.parametrize("name", list(PATTERNS))
+@settings(max_examples=12, deadline=None)
+@given(
+    n=st.integers(1, 700),
+    d=st.sampled_from([16, 64, 80]),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    seed=st.integers(0, 99),
+)
+def test_the_executor_equals_the_reference_mask(
+    name: str, n: int, d: int, heads: tuple[int, int], seed: int
+) -> None:
+    q, k, v = tensors(*heads, n, d, seed)
+    pattern, scale = make(name), d**-0.5
+    start = n // 2 // 128 * 128
+    state = pattern.probe(q, k, scale) if pattern.needs == "prompt" else None
+    selection = pattern.select(q[:, start:], k, start, n, scale, state)
+    expected = attend_reference(q[:, start:], k, v, start, scale, selection)
+    result = attend_chunk(pattern, q[:, start:], k, v, start, n, scale, state)
+    assert torch.allclose(result.output, expected.output, atol=2e-5)
+    assert torch.allclose(result.lse, expected.lse, atol=2e-5)
+    assert (result.pairs_attended, result.pairs_visible) == (
+        expected.pairs_attended,
+        expected.pairs_visible,
+    )
+
+
+@pytest.mark.parametrize("name", list(PATTERNS))
+def test_chunks_change_nothing(name: str) -> None:
+    q, k, v = tensors(4, 2, 900, 32, 7)
+    whole = run_chunked(make(name), q, k, v, 900)
+    for chunk in (128, 256, 384):
+        output, lse, pairs = run_chunked(make(name), q, k, v, chunk)
+        assert torch.allclose(output, whole[0], atol=2e-5)
+        assert torch.allclose(lse, whole[1], atol=2e-5)
+        assert pairs == whole[2]
+
+
+def literal_vertical_slash(
+    pattern: VerticalSlash, q: torch.Tensor, k: torch.Tensor
+) -> torch.Tensor:
+    """Algorithm 2 of MInference 1.0 pair by pair, slashes widened to key blocks: one head."""
+    n, d = k.shape
+    p = min(64, n)
+    probabilities = torch.zeros(p, n)
+    for r in range(p):
+        i = n - p + r
+        probabilities[r, : i + 1] = torch.softmax(q[i] @ k[: i + 1].T / math.sqrt(d), -1)
+    vertical = [float(probabilities[:, j].sum()) for j in range(n)]
+    slash = [
+        float(sum(probabilities[r, n - p + r - s] for r in range(p) if n - p + r - s >= 0))
+        for s in range(n)
+    ]
+    forced_v, forced_s = set(range(min(30, n))), set(range(min(100, n)))
+    columns = forced_v | set(
+        sorted(set(range(n)) - forced_v, key=lambda j: -vertical[j])[: pattern.verticals - 30]
+    )
+    distances = forced_s | set(
+        sorted(set(range(n)) - forced_s, key=lambda s: -slash[s])[: pattern.slashes - 100]
+    )
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    for first in range(0, n, KEY_BLOCK):
+        rows = range(first, min(n, first + KEY_BLOCK))
+        blocks = {
+            b
+            for s in distances
+            for b in ((first - s) // KEY_BLOCK, (rows[-1] - s) // KEY_BLOCK)
+            if b >= 0
+        }
+        for i in rows:
+            for j in range(i + 1):
+                mask[i, j] = j // KEY_BLOCK in blocks or j in columns
+    return mask
+
+
+def test_vertical_slash_equals_a_literal_transcription_of_the_paper() -> None:
+    q, k, _ = tensors(1, 1, 450, 16, 3)
+    pattern = VerticalSlash(verticals=40, slashes=120)
+    state = pattern.probe(q, k, 16**-0.5)
+    selection = pattern.select(q, k, 0, 450, 16**-0.5, state)
+    assert torch.equal(
+        selection_mask(selection, 1, 0, 450)[0], literal_vertical_slash(pattern, q[0], k[0])
+    )
+
+
+def test_diagonal_sums_follow_the_definition() -> None:
+    a = torch.arange(15.0).view(1, 3, 5)
+    expected = [a[0, 0, 2] + a[0, 1, 3] + a[0, 2, 4], a[0, 0, 1] + a[0, 1, 2] + a[0, 2, 3]]
+    assert diagonal_sums(a)[0, :2].tolist() == [float(x) for x in expected]
+    assert diagonal_sums(a)[0, 4] == a[0, 2, 0]
+
+
+def test_adaptive_finds_a_planted_block_that_a_fixed_window_misses() -> None:
+    q, k, v = tensors(1, 1, 2048, 64, 5)
+    q[:, 1800:], k[:, 640:704] = 0.3 * q[:, 1800:] + 1.0, k[:, 640:704] + 1.5
+    pattern = PATTERNS["adaptive"](mass=0.8, dense_below=0, dense_last_rows=0, max_blocks=6)
+    selection = pattern.select(q, k, 0, 2048, 0.125, None)
+    assert selection is not None
+    assert bool(selection.blocks[0, 1800 // 128 + 1 :, 10].all())
+    dense = attend_reference(q, k, v, 0, 0.125, None)
+    ours = attend_chunk(pattern, q, k, v, 0, 2048, 0.125)
+    window = attend_chunk(PATTERNS["a_shape"](64, 640), q, k, v, 0, 2048, 0.125)
+    error = lambda r: float((r.output - dense.output)[:, 1920:].norm())
+    assert ours.density < window.density
+    assert error(ours) < 0.5 * error(window)
