@@ -38,6 +38,8 @@ $(VENV)/packages: pyproject.toml constraints.txt
 	@command -v c++ >/dev/null || { echo "A C++ compiler is needed for the native kernel: install g++ (Debian: apt-get install g++)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
+	# CUDA builds of torch bring their own Triton; elsewhere its interpreter runs the kernels in tests.
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --quiet triton==3.7.1
 	$(PIP) install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja
 	@touch $@
 

@@ -1,6 +1,6 @@
-"""Attends a selection fast with torch's own flash attention, merged by log-sum-exp.
+"""Attends a selection fast: a Triton kernel on CUDA, torch's own flash attention on CPU.
 
-Three disjoint parts make up a chunk: the diagonal tiles (causal, one batched call), the selected
+On CPU the parts are merged by log-sum-exp. Three disjoint parts make up a chunk: the diagonal tiles (causal, one batched call), the selected
 past blocks and columns (gathered per head and query block, no mask), and the means of the blocks
 left out (one call with the block sizes as bias). K and V are never repeated over a group.
 """
@@ -36,6 +36,11 @@ def attend_selection(
     if selection is None:
         dense = causal_attention(q, k, v, start, scale)
         return PatternResult(dense.output, dense.lse, visible, visible)
+    if q.is_cuda:
+        # Imported here because Triton compiles for a device that CPU machines do not have.
+        from gpu_worker.kernels.sparse_prefill import attend_selection_triton
+
+        return attend_selection_triton(q, k, v, start, scale, selection)
     tile = selection.query_block
     part = _diagonal(q, k[:, start:], v[:, start:], tile, scale)
     past, pairs = _selected_past(q, k, v, start, scale, selection)

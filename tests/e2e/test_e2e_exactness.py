@@ -1,0 +1,82 @@
+"""The whole cluster against the eager Hugging Face model, for every supported family.
+
+Budget exact: prefill, question and 64 decode steps give the eager model's distribution at every
+position, with four processes, two nodes, chunked prefill and offloaded KV in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from longreach.local_cluster import LocalCluster
+from longreach.sdk import Client, Generation
+
+pytestmark = pytest.mark.cluster
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3"]
+CONTEXT_TOKENS = 700
+NEW_TOKENS = 64
+# Small enough that most of the context is retrieved, and that tokens leave the window while
+# decoding.
+WORKER_FLAGS = {"sink_tokens": "4", "window_tokens": "64", "prefill_chunk_tokens": "128"}
+
+
+def random_ids(count: int, vocab_size: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(8, vocab_size, (count,), generator=generator).tolist()
+
+
+def eager_logprobs(directory: Path, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities of the eager fp32 model after every position: [len(ids), vocab]."""
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def dense_logprobs(generation: Generation, vocab_size: int) -> torch.Tensor:
+    """What the cluster returned for every token drawn: [tokens, vocab]."""
+    rows = torch.full((len(generation.tokens), vocab_size), float("nan"))
+    for row, token in zip(rows, generation.tokens, strict=True):
+        for token_id, logprob in token.alternatives:
+            row[token_id] = logprob
+    assert not rows.isnan().any(), "every token of the vocabulary was asked for"
+    return rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exact_budget_gives_the_eager_models_distribution(
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = tiny_model(family)
+    with (
+        LocalCluster(directory, nodes=2, data_dir=tmp_path, worker_flags=WORKER_FLAGS) as cluster,
+        Client(cluster.address, timeout_s=120) as client,
+    ):
+        vocab_size = AutoModelForCausalLM.from_pretrained(directory).config.vocab_size
+        stored = random_ids(CONTEXT_TOKENS, vocab_size, seed=1)
+        question = random_ids(9, vocab_size, seed=2)
+        context = client.contexts.create(tokens=stored)
+        generation = client.generate(
+            question,
+            context=context,
+            max_tokens=NEW_TOKENS,
+            budget="exact",
+            logprobs=vocab_size,
+            ignore_eos=True,
+        )
+    drawn = [token.id for token in generation.tokens]
+    assert len(drawn) == NEW_TOKENS
+    expected = eager_logprobs(directory, stored + question + drawn[:-1])[-NEW_TOKENS:]
+    got = dense_logprobs(generation, vocab_size)
+    assert torch.allclose(got, expected, atol=2e-3), float((got - expected).abs().max())
+    assert drawn == got.argmax(-1).tolist()
+    assert generation.coverage == 1.0
+    assert generation.work.keys_attended == generation.work.keys_in_scope > 0
