@@ -1,1 +1,1 @@
-"""Coordinator: public API, contexts, sessions, the decode loop, membership and placement. No torch."""
+"""Coordinator: public API, contexts, sessions, the decode loop, membership, placement. No torch."""

@@ -1,1 +1,1 @@
-"""GPU worker: runs the model with a small resident KV window. The only package that imports torch."""
+"""GPU worker: runs the model with a small resident KV window. Only this package imports torch."""

@@ -12,6 +12,7 @@
     ├── ResourceExhausted     a budget is spent; try later or ask for less (RESOURCE_EXHAUSTED)
     ├── Unavailable           a node or worker does not answer (UNAVAILABLE)
     │   └── CoverageTooLow    shards of the scope did not answer
+    ├── Aborted               what it worked on was taken away (ABORTED)
     ├── Cancelled             the caller went away (CANCELLED)
     ├── DeadlineExceeded      took longer than allowed (DEADLINE_EXCEEDED)
     ├── UnsupportedModel      a model this worker cannot serve exactly, with the reason
@@ -119,6 +120,13 @@ class CoverageTooLow(Unavailable):
     """Shards of the scope did not answer and the caller did not allow it."""
 
     default_reason = "COVERAGE_TOO_LOW"
+
+
+class Aborted(LongreachError):
+    """What the call worked on was taken away, such as a deleted context."""
+
+    code = 10
+    default_reason = "ABORTED"
 
 
 class Cancelled(LongreachError):

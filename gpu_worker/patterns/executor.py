@@ -1,13 +1,16 @@
 """Attends a selection fast: a Triton kernel on CUDA, torch's own flash attention on CPU.
 
-On CPU the parts are merged by log-sum-exp. Three disjoint parts make up a chunk: the diagonal tiles (causal, one batched call), the selected
-past blocks and columns (gathered per head and query block, no mask), and the means of the blocks
-left out (one call with the block sizes as bias). K and V are never repeated over a group.
+On CPU three disjoint parts are merged by log-sum-exp: the diagonal tiles (causal, one batched
+call), the selected past blocks and columns (gathered per head and query block, no mask), and the
+means of the blocks left out (one call with the block sizes as bias). K and V are never repeated
+over a group.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +22,8 @@ from gpu_worker.patterns.block_sparse import pool_blocks
 # Finite, because a row that leaves no block out must still not make NaN: its lse is then so low
 # that merging gives it no weight.
 _NEVER = -1e30
+_LEAST_FILL = 0.8
+_GATHER_BYTES = 32 << 20
 
 
 def attend_selection(
@@ -79,63 +84,106 @@ def _diagonal(q: Tensor, k: Tensor, v: Tensor, tile: int, scale: float) -> Parti
     return Partial(torch.cat([p.output for p in parts], 1), torch.cat([p.lse for p in parts], 1))
 
 
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """One query block of one head: its rows in the chunk and the past keys it gathers.
+
+    `keys`: numbers of rows of the flattened K, whole blocks or single positions.
+    """
+
+    head: int
+    low: int
+    high: int
+    keys: Tensor
+
+
 def _selected_past(
     q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, selection: Selection
 ) -> tuple[Partial, int]:
-    """Selected blocks and columns before each query block's tile; also the pairs attended."""
+    """Selected blocks and columns before each query block's tile; also the pairs attended.
+
+    Tiles with about as many keys share one flash call, so that every thread has work and the
+    overhead of a call is paid seldom.
+    """
     q_heads, rows, _ = q.shape
-    group = q_heads // k.shape[0]
     output = q.new_zeros(q_heads, rows, v.shape[-1], dtype=torch.float32)
     lse = torch.full((q_heads, rows), -math.inf, device=q.device)
-    blocks = selection.blocks.cpu()
+    unit = KEY_BLOCK if selection.columns is None else 1
+    flat_k, flat_v = (_rows_of(x, unit) for x in (k, v))
     pairs = 0
-    for b in range(blocks.shape[1]):
-        low = b * selection.query_block
-        high = min(rows, low + selection.query_block)
-        past_blocks = (start + low) // KEY_BLOCK
-        for head in range(q_heads):
-            chosen = blocks[head, b, :past_blocks]
-            keys = _gather(k[head // group], v[head // group], chosen, selection, head, b)
-            if keys is None:
-                continue
-            part = dense_attention(
-                q[None, head : head + 1, low:high], keys[0][None], keys[1][None], scale
-            )
-            output[head, low:high], lse[head, low:high] = part.output[0, 0], part.lse[0, 0]
-            pairs += keys[0].shape[1] * (high - low)
+    tiles = _tiles(q, k, start, selection, flat_k.shape[0] // k.shape[0])
+    bytes_per_key = unit * (k.shape[-1] + v.shape[-1]) * k.element_size()
+    for batch in _batches(tiles, bytes_per_key):
+        longest = max(tile.keys.numel() for tile in batch)
+        where = torch.zeros(len(batch), longest, dtype=torch.long)
+        present = torch.zeros(len(batch), longest, dtype=torch.bool)
+        for i, tile in enumerate(batch):
+            where[i, : tile.keys.numel()] = tile.keys
+            present[i, : tile.keys.numel()] = True
+        keys, values = (
+            flat.index_select(0, where.flatten()).view(len(batch), 1, longest * unit, -1)
+            for flat in (flat_k, flat_v)
+        )
+        bias = None
+        if not bool(present.all()):
+            bias = torch.where(present, 0.0, -math.inf).repeat_interleave(unit, 1)[:, None, None]
+        queries = torch.stack([q[tile.head, tile.low : tile.high] for tile in batch])
+        part = dense_attention(queries[:, None], keys, values, scale, bias=bias)
+        for i, tile in enumerate(batch):
+            output[tile.head, tile.low : tile.high] = part.output[i, 0]
+            lse[tile.head, tile.low : tile.high] = part.lse[i, 0]
+            pairs += tile.keys.numel() * unit * (tile.high - tile.low)
     return Partial(output, lse), pairs
 
 
-def _gather(
-    k: Tensor, v: Tensor, chosen: Tensor, selection: Selection, head: int, query_block: int
-) -> tuple[Tensor, Tensor] | None:
-    """Keys and values [1, n, ·] of the chosen past blocks and of columns outside them."""
-    past = chosen.numel() * KEY_BLOCK
-    ids = chosen.nonzero()[:, 0]
-    parts = []
-    if ids.numel():
-        if int(ids[-1]) - int(ids[0]) + 1 == ids.numel():
-            run = slice(int(ids[0]) * KEY_BLOCK, (int(ids[-1]) + 1) * KEY_BLOCK)
-            parts.append((k[run], v[run]))
-        else:
-            where = ids.to(k.device)
-            parts.append(
-                tuple(
-                    x[:past].unflatten(0, (-1, KEY_BLOCK)).index_select(0, where).flatten(0, 1)
-                    for x in (k, v)
-                )
-            )
-    if selection.columns is not None:
-        columns = selection.columns[head, query_block].cpu()
-        columns = columns[(columns >= 0) & (columns < past)]
-        columns = columns[~chosen[columns // KEY_BLOCK]].to(k.device)
-        if columns.numel():
-            parts.append((k[columns], v[columns]))
-    if not parts:
-        return None
-    if len(parts) == 1:
-        return parts[0][0][None], parts[0][1][None]
-    return torch.cat([p[0] for p in parts])[None], torch.cat([p[1] for p in parts])[None]
+def _rows_of(x: Tensor, unit: int) -> Tensor:
+    """[heads, n, d] as rows of `unit` positions: [heads * (n // unit), unit * d]."""
+    whole = x.shape[1] // unit * unit
+    return x[:, :whole].reshape(-1, unit * x.shape[2])
+
+
+def _tiles(
+    q: Tensor, k: Tensor, start: int, selection: Selection, rows_per_head: int
+) -> list[_Tile]:
+    """Every tile that has past keys, those with most keys first."""
+    q_heads, rows, _ = q.shape
+    group = q_heads // k.shape[0]
+    blocks = selection.blocks.cpu()
+    columns = None if selection.columns is None else selection.columns.cpu()
+    tiles = []
+    for b in range(blocks.shape[1]):
+        low = b * selection.query_block
+        high = min(rows, low + selection.query_block)
+        past = (start + low) // KEY_BLOCK
+        for head in range(q_heads):
+            chosen = blocks[head, b, :past]
+            keys = chosen.nonzero()[:, 0]
+            if columns is not None:
+                single = columns[head, b]
+                single = single[(single >= 0) & (single < past * KEY_BLOCK)]
+                single = single[~chosen[single // KEY_BLOCK]]
+                inside = keys[:, None] * KEY_BLOCK + torch.arange(KEY_BLOCK)
+                keys = torch.cat([inside.flatten(), single])
+            if keys.numel():
+                tiles.append(_Tile(head, low, high, keys + head // group * rows_per_head))
+    return sorted(tiles, key=lambda tile: (tile.high - tile.low, tile.keys.numel()), reverse=True)
+
+
+def _batches(tiles: list[_Tile], bytes_per_key: int) -> Iterator[list[_Tile]]:
+    """Runs of tiles of equal rows that waste little padding and fit the gather buffer."""
+    batch: list[_Tile] = []
+    for tile in tiles:
+        full = batch and (
+            tile.high - tile.low != batch[0].high - batch[0].low
+            or tile.keys.numel() < _LEAST_FILL * batch[0].keys.numel()
+            or (len(batch) + 1) * batch[0].keys.numel() * bytes_per_key > _GATHER_BYTES
+        )
+        if full:
+            yield batch
+            batch = []
+        batch.append(tile)
+    if batch:
+        yield batch
 
 
 def _means(

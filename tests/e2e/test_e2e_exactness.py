@@ -21,9 +21,10 @@ pytestmark = pytest.mark.cluster
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3"]
 CONTEXT_TOKENS = 700
 NEW_TOKENS = 64
+TOP = 20
 # Small enough that most of the context is retrieved, and that tokens leave the window while
 # decoding.
-WORKER_FLAGS = {"sink_tokens": "4", "window_tokens": "64", "prefill_chunk_tokens": "128"}
+WORKER_FLAGS = {"sink_tokens": 4, "window_tokens": 64, "prefill_chunk_tokens": 128}
 
 
 def random_ids(count: int, vocab_size: int, seed: int) -> list[int]:
@@ -41,14 +42,17 @@ def eager_logprobs(directory: Path, ids: list[int]) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
-def dense_logprobs(generation: Generation, vocab_size: int) -> torch.Tensor:
-    """What the cluster returned for every token drawn: [tokens, vocab]."""
-    rows = torch.full((len(generation.tokens), vocab_size), float("nan"))
-    for row, token in zip(rows, generation.tokens, strict=True):
-        for token_id, logprob in token.alternatives:
-            row[token_id] = logprob
-    assert not rows.isnan().any(), "every token of the vocabulary was asked for"
-    return rows
+def largest_difference(generation: Generation, expected: torch.Tensor) -> float:
+    """Over every token drawn and its TOP likeliest ones: cluster's log-probability - eager's."""
+    worst = 0.0
+    for token, row in zip(generation.tokens, expected, strict=True):
+        ids = torch.tensor([token_id for token_id, _ in token.alternatives])
+        got = torch.tensor([logprob for _, logprob in token.alternatives])
+        assert len(set(ids.tolist())) == TOP
+        # The ids may differ where two tokens tie; their values may not.
+        best = row.topk(TOP).values
+        worst = max(worst, float((got - row[ids]).abs().max()), float((got - best).abs().max()))
+    return worst
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,14 +73,13 @@ def test_an_exact_budget_gives_the_eager_models_distribution(
             context=context,
             max_tokens=NEW_TOKENS,
             budget="exact",
-            logprobs=vocab_size,
+            logprobs=TOP,
             ignore_eos=True,
         )
     drawn = [token.id for token in generation.tokens]
     assert len(drawn) == NEW_TOKENS
     expected = eager_logprobs(directory, stored + question + drawn[:-1])[-NEW_TOKENS:]
-    got = dense_logprobs(generation, vocab_size)
-    assert torch.allclose(got, expected, atol=2e-3), float((got - expected).abs().max())
-    assert drawn == got.argmax(-1).tolist()
+    assert largest_difference(generation, expected) < 2e-3
+    assert drawn == expected.argmax(-1).tolist()
     assert generation.coverage == 1.0
     assert generation.work.keys_attended == generation.work.keys_in_scope > 0

@@ -1,0 +1,144 @@
+"""Prefill attention: sparse patterns beside dense flash attention, one run, interleaved.
+
+For each shape and length it times attention chunk by chunk, as prefill runs it: selection (the
+pattern's index) and attention apart, the density the executor really had, and the output's error
+against dense. Long prompts are sampled: `--chunks` chunks spread evenly over the prompt are
+measured and the whole is their mean times the number of chunks; dense and sparse see the same
+chunks.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.prefill_heads import Heads, make_heads
+from benchmarks.report import Report, argument_parser
+from gpu_worker.attention import causal_attention
+from gpu_worker.patterns import PATTERNS
+from gpu_worker.patterns.base import Pattern, PatternResult
+from gpu_worker.patterns.executor import attend_selection
+
+CHUNK_ROWS = 2048
+SHAPES = {"demo 4q/2kv d64": (4, 2, 64), "8q/2kv d128": (8, 2, 128)}
+# MInference's own budgets for its patterns, and two settings of ours.
+METHODS: dict[str, dict[str, int | float]] = {
+    "a_shape": {"sink_tokens": 1024, "window_tokens": 4096},
+    "vertical_slash": {"verticals": 1000, "slashes": 2000},
+    "block_sparse": {"top_blocks": 100},
+    "adaptive": {},
+}
+
+
+@dataclass
+class Measured:
+    """Sums over the chunks measured."""
+
+    select_s: float = 0.0
+    attend_s: float = 0.0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    attended: int = 0
+    visible: int = 0
+
+
+def sampled_starts(n: int, chunks: int) -> list[int]:
+    """Starts of the chunks to measure, spread evenly, the last one included."""
+    total = -(-n // CHUNK_ROWS)
+    count = min(chunks, total)
+    return [(total - 1 - i * total // count) * CHUNK_ROWS for i in range(count)][::-1]
+
+
+def run_pattern(
+    pattern: Pattern, heads: Heads, start: int, state: object
+) -> tuple[PatternResult, float, float]:
+    """One chunk: result, seconds of selection, seconds of attention."""
+    n, scale = heads.q.shape[1], heads.q.shape[-1] ** -0.5
+    stop = min(n, start + CHUNK_ROWS)
+    q, k, v = heads.q[:, start:stop], heads.k[:, :stop], heads.v[:, :stop]
+    began = time.perf_counter()
+    selection = pattern.select(q, k, start, n, scale, state)
+    selected = time.perf_counter()
+    result = attend_selection(q, k, v, start, scale, selection)
+    return result, selected - began, time.perf_counter() - selected
+
+
+def measure(report: Report, shape: str, n: int, chunks: int, dtype: torch.dtype) -> None:
+    """All methods at one length, chunk by chunk in turn."""
+    q_heads, kv_heads, d = SHAPES[shape]
+    heads = make_heads(n, q_heads, kv_heads, d, dtype)
+    patterns = {name: PATTERNS[name](**parameters) for name, parameters in METHODS.items()}
+    states: dict[str, object] = {}
+    probe_s = dict.fromkeys(patterns, 0.0)
+    for name, pattern in patterns.items():
+        if pattern.needs == "prompt":
+            began = time.perf_counter()
+            states[name] = pattern.probe(heads.q[:, -64:], heads.k, d**-0.5)
+            probe_s[name] = time.perf_counter() - began
+    starts = sampled_starts(n, chunks)
+    share = -(-n // CHUNK_ROWS) / len(starts)
+    dense_times: list[float] = []
+    sums = {name: Measured() for name in patterns}
+    for start in starts:
+        stop = min(n, start + CHUNK_ROWS)
+        began = time.perf_counter()
+        dense = causal_attention(
+            heads.q[:, start:stop], heads.k[:, :stop], heads.v[:, :stop], start, d**-0.5
+        )
+        dense_times.append(time.perf_counter() - began)
+        for name, pattern in patterns.items():
+            result, select_s, attend_s = run_pattern(pattern, heads, start, states.get(name))
+            each = sums[name]
+            each.select_s += select_s
+            each.attend_s += attend_s
+            each.squared_error += float((result.output - dense.output).square().sum())
+            each.squared_norm += float(dense.output.square().sum())
+            each.attended += result.pairs_attended
+            each.visible += result.pairs_visible
+    dense_s = sum(dense_times) * share
+    report.add(
+        shape=shape, tokens=n, method="dense", total_s=dense_s, select_s=0.0, speedup=1.0,
+        density=1.0, output_error=0.0, chunk_median_s=statistics.median(dense_times),
+    )  # fmt: skip
+    for name, each in sums.items():
+        total_s = (each.select_s + each.attend_s) * share + probe_s[name]
+        report.add(
+            shape=shape, tokens=n, method=name, total_s=total_s,
+            select_s=each.select_s * share + probe_s[name], speedup=dense_s / total_s,
+            density=each.attended / each.visible,
+            output_error=(each.squared_error / each.squared_norm) ** 0.5,
+        )  # fmt: skip
+        limit = {32768: 3.0, 131072: 8.0}.get(n)
+        if name == "adaptive" and limit:
+            report.at_least(f"adaptive over dense, {shape}, {n}", limit, dense_s / total_s, "x")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argument_parser("prefill", __doc__ or "")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--chunks", type=int, default=8, help="chunks measured per length")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    arguments = parser.parse_args()
+    chunks = 2 if arguments.quick else arguments.chunks
+    report = Report(
+        "prefill",
+        {"chunk_rows": CHUNK_ROWS, "chunks_measured": chunks, "dtype": arguments.dtype,
+         "threads": torch.get_num_threads(), "methods": METHODS},
+        quick=arguments.quick,
+    )  # fmt: skip
+    with torch.inference_mode():
+        for shape in SHAPES:
+            for n in arguments.lengths:
+                if arguments.quick and (n > 32768):
+                    report.skip(f"{shape} at {n}", "quick")
+                    continue
+                measure(report, shape, n, chunks, getattr(torch, arguments.dtype))
+    report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Who may run: session slots of workers, handed out in order, with a bounded queue in front."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from longreach.errors import ResourceExhausted, Unavailable
+from longreach.types import Identity
+
+MeanSeconds = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSlots:
+    """A worker that may get sessions: what KV it can use (tenant left empty) and how many fit."""
+
+    worker_id: str
+    identity: Identity
+    max_sessions: int
+
+
+def choose_worker(
+    workers: Sequence[WorkerSlots], running: Mapping[str, int], identity: Identity, prefer: str
+) -> str | None:
+    """The preferred worker if it has a free slot, else the one with the most free; None if none."""
+    free = {
+        worker.worker_id: worker.max_sessions - running.get(worker.worker_id, 0)
+        for worker in workers
+        if worker.identity == identity
+    }
+    if free.get(prefer, 0) > 0:
+        return prefer
+    best = max(free, key=lambda worker_id: free[worker_id], default=None)
+    return best if best is not None and free[best] > 0 else None
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    identity: Identity
+    prefer: str
+    slot: asyncio.Future[str]
+
+
+class Admission:
+    """Hands out slots first come, first served; over `max_waiting` it refuses.
+
+    `workers` is asked anew each time, so that members may come and go.
+    """
+
+    def __init__(self, workers: Callable[[], Sequence[WorkerSlots]], max_waiting: int) -> None:
+        self._workers = workers
+        self._max_waiting = max_waiting
+        self._running: Counter[str] = Counter()
+        self._queue: deque[_Waiting] = deque()
+        self._storing = 0
+        self._closed = ""
+        self._mean_s = 1.0
+
+    @property
+    def running(self) -> int:
+        """Sessions that hold a slot."""
+        return sum(self._running.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot or for their prompt to be stored."""
+        return len(self._queue) + self._storing
+
+    def close(self, why: str) -> None:
+        """Refuses new requests and those that wait; running ones go on."""
+        self._closed = why
+        for waiting in self._queue:
+            if not waiting.slot.done():
+                waiting.slot.set_exception(Unavailable(why, reason="DRAINING"))
+        self._queue.clear()
+
+    def check(self) -> None:
+        """Raises Unavailable when closed and ResourceExhausted when the queue is full."""
+        if self._closed:
+            raise Unavailable(self._closed, reason="DRAINING")
+        if self.waiting >= self._max_waiting and not self._has_free_slot():
+            retry = self._retry_after_s()
+            raise ResourceExhausted(
+                f"{self.waiting} generations wait already and at most {self._max_waiting} may; "
+                f"try again in {retry:.0f} s, or add workers",
+                reason="QUEUE_FULL",
+                retry_after_s=retry,
+            )
+
+    async def acquire(self, identity: Identity, prefer: str = "") -> str:
+        """Waits for a slot on a worker that can use KV of this identity; returns the worker.
+
+        The caller gives it back with `release`, whatever happens.
+        """
+        self.check()
+        waiting = _Waiting(identity, prefer, asyncio.get_running_loop().create_future())
+        self._queue.append(waiting)
+        self.grant()
+        try:
+            return await waiting.slot
+        except asyncio.CancelledError:
+            if waiting in self._queue:
+                self._queue.remove(waiting)
+            elif waiting.slot.done() and not waiting.slot.cancelled():
+                self.release(waiting.slot.result())
+            raise
+
+    def release(self, worker_id: str, seconds: float = 0.0) -> None:
+        """Gives a slot back; `seconds` is how long it was used, for the retry hint."""
+        self._running[worker_id] -= 1
+        if seconds > 0:
+            self._mean_s += 0.2 * (seconds - self._mean_s)
+        self.grant()
+
+    def grant(self) -> None:
+        """Hands free slots to those who wait; called when a slot or a worker appears."""
+        workers = self._workers()
+        for waiting in list(self._queue):
+            if waiting.slot.done():
+                self._queue.remove(waiting)
+                continue
+            worker_id = choose_worker(workers, self._running, waiting.identity, waiting.prefer)
+            if worker_id is not None:
+                self._queue.remove(waiting)
+                self._running[worker_id] += 1
+                waiting.slot.set_result(worker_id)
+
+    def storing(self) -> _Storing:
+        """Counts a request as waiting while its prompt is stored (`with admission.storing():`)."""
+        return _Storing(self)
+
+    def count_storing(self, change: int) -> None:
+        """Adjusts the number of prompts being stored."""
+        self._storing += change
+
+    def _has_free_slot(self) -> bool:
+        return any(w.max_sessions > self._running[w.worker_id] for w in self._workers())
+
+    def _retry_after_s(self) -> float:
+        slots = max(1, sum(worker.max_sessions for worker in self._workers()))
+        return min(60.0, max(1.0, self._mean_s * self.waiting / slots))
+
+
+class _Storing:
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    def __enter__(self) -> None:
+        self._admission.check()
+        self._admission.count_storing(1)
+
+    def __exit__(self, *exc: object) -> None:
+        self._admission.count_storing(-1)

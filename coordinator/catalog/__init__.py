@@ -1,0 +1,1 @@
+"""The durable list of contexts: one interface, one implementation per file."""

@@ -1,0 +1,74 @@
+"""Configuration of a coordinator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longreach.config import setting
+from longreach.errors import InvalidRequest
+from longreach.types import Budget
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """Coordinator: the public API, contexts, sessions and the decode loop."""
+
+    listen: str = setting(
+        "127.0.0.1:7300", "host:port to serve on; port 0 picks a free one and prints it."
+    )
+    data_dir: str = setting(
+        "",
+        "Folder of the catalog (SQLite). Empty keeps it in memory: contexts are then found "
+        "again from the nodes' inventories.",
+    )
+    cluster_secret: str = setting(
+        "", "Secret shared by all services; signs capabilities and salts tenants."
+    )
+    default_budget: str = setting(
+        "top_k=100",
+        "Keys a decode step may use when the request says nothing: exact, top_k=100, "
+        "mass=0.98[64,4096] or beta=8, with +tail for the tail estimate.",
+    )
+    placement: str = setting("auto", "Placement policy of contexts that name none.")
+    index_reserve: float = setting(
+        0.25, "Room for indexes kept free beside a new context, as a share of its K and V bytes."
+    )
+    max_waiting: int = setting(
+        64, "Generations that may wait for a worker; more are refused with RESOURCE_EXHAUSTED."
+    )
+    default_max_tokens: int = setting(256, "Generated tokens when the request says nothing.")
+    inline_prompt_tokens: int = setting(
+        1024,
+        "Longest prompt fed token by token without a context; longer ones are stored as a "
+        "context first, and found again by the next request with the same prompt.",
+    )
+    question_tokens_per_step: int = setting(
+        512,
+        "Question tokens in one step, all sessions together, so that long questions do not "
+        "hold up sessions that are decoding.",
+    )
+    max_context_bytes: int = setting(256 * 2**20, "Longest text of one context, UTF-8 bytes.")
+    drain_grace_s: float = setting(
+        30.0, "Seconds that running generations may go on after SIGTERM."
+    )
+    exit_with_parent: bool = setting(False, "Exit when the parent process is gone.")
+
+    def __post_init__(self) -> None:
+        if not self.cluster_secret:
+            raise InvalidRequest(
+                "no cluster secret; set LONGREACH_CLUSTER_SECRET to the same random text on every "
+                "service, so that nodes can check what the coordinator signs"
+            )
+        for name in ("default_max_tokens", "inline_prompt_tokens", "question_tokens_per_step"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_waiting < 0:
+            raise InvalidRequest(f"max_waiting is {self.max_waiting}; it must be 0 or more")
+        self.budget()
+
+    def budget(self) -> Budget:
+        """The default budget, parsed; raises InvalidRequest when it is not one."""
+        try:
+            return Budget.parse(self.default_budget)
+        except ValueError as problem:
+            raise InvalidRequest(f"default_budget: {problem}") from None

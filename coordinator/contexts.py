@@ -1,0 +1,242 @@
+"""Contexts: stored once, found by content, watched while they fill, settled by what nodes hold.
+
+    RESERVED ──> FILLING ──> READY <──> UNAVAILABLE      shards out of reach, back again
+        │           │
+        └───────────┴──> FAILED                          the error is kept, the KV dropped
+
+A context whose last watcher leaves before READY is forgotten and dropped. `filling` stores them,
+`settling` keeps their states true; this is what the rest of the coordinator uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from coordinator import tenancy
+from coordinator.catalog.base import Catalog, ContextRecord, ContextState
+from coordinator.cluster import Cluster
+from coordinator.config import CoordinatorConfig
+from coordinator.context_book import ContextBook
+from coordinator.driver import Driver
+from coordinator.filling import Filling, Order
+from coordinator.holdings import Holdings, settled
+from coordinator.index_progress import IndexProgress, IndexSummary
+from coordinator.models import Models
+from coordinator.placement.base import ContextToPlace, check_room
+from coordinator.placement.planner import place, policy_names
+from coordinator.requests import (
+    NewContext,
+    check_context_length,
+    check_new_context,
+    check_token_ids,
+    choose_model,
+)
+from coordinator.settling import Settling
+from coordinator.sweeper import Sweeper
+from longreach.errors import Aborted, FailedPrecondition, LongreachError, Unavailable
+from longreach.steps import ModelInfo
+from longreach.types import ShardMap, Span, storage_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ContextView:
+    """A context with the state of its index."""
+
+    record: ContextRecord
+    index: IndexSummary
+
+
+@dataclass(frozen=True, slots=True)
+class ContextProgress:
+    """A context while it is stored; `found`: it was stored before."""
+
+    record: ContextRecord
+    found: bool
+
+
+class Contexts:
+    """Every context of the cluster.
+
+    `on_delete` ends the generations on a context before its KV goes.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        cluster: Cluster,
+        driver: Driver,
+        models: Models,
+        config: CoordinatorConfig,
+        on_delete: Callable[[str, LongreachError], Awaitable[None]],
+    ) -> None:
+        self._cluster = cluster
+        self._driver = driver
+        self._models = models
+        self._config = config
+        self._on_delete = on_delete
+        self._last_worker: dict[str, str] = {}
+        self.tenant = tenancy.tenant_digest(
+            config.cluster_secret.encode(), tenancy.DEFAULT_PRINCIPAL
+        )
+        self._book = ContextBook(catalog, cluster)
+        self._holdings = Holdings()
+        self._sweeper = Sweeper(driver)
+        self._index = IndexProgress(driver)
+        self._filling = Filling(
+            self._book,
+            cluster,
+            driver,
+            self._holdings,
+            self._sweeper,
+            index_reserve=config.index_reserve,
+            fills_max=max(1, config.max_waiting),
+            on_filled=self.used_by,
+        )
+        self.settling = Settling(
+            self._book, cluster, driver, models, self._holdings, self._filling, self._sweeper
+        )
+
+    async def start(self) -> None:
+        """Loads the catalog. Nothing is READY until its nodes have registered."""
+        await self._book.load()
+        for record in list(self._book.records.values()):
+            self._book.show(settled(record, self._holdings.missing(record)))
+
+    async def drain(self, grace_s: float) -> None:
+        """Lets what is being stored finish within the grace."""
+        await self._filling.settled(grace_s)
+
+    async def close(self) -> None:
+        """Abandons what is still being stored and waits for the clean-up."""
+        self._filling.abandon_all(
+            Unavailable("the coordinator is shutting down", reason="DRAINING")
+        )
+        await self._sweeper.close()
+
+    # Reading.
+
+    def count(self) -> int:
+        """How many contexts there are, in any state."""
+        return len(self._book.records)
+
+    async def views(self) -> list[ContextView]:
+        """Every context of the tenant with the progress of its index, newest first."""
+        own = [r for r in self._book.records.values() if r.identity.tenant == self.tenant]
+        newest = sorted(own, key=lambda record: -record.created_at)
+        indexes = await self._index.of_all(newest)
+        return [ContextView(self._readdressed(r), indexes[r.context_id]) for r in newest]
+
+    async def view(self, context_id: str) -> ContextView:
+        """One context with the progress of its index; raises NotFound."""
+        record = self._readdressed(self._book.find(context_id, self.tenant))
+        return ContextView(record, await self._index.of(record))
+
+    def ready(self, context_id: str) -> ContextRecord:
+        """A context to generate on; raises what says why it cannot be used."""
+        record = self._readdressed(self._book.find(context_id, self.tenant))
+        if record.state is ContextState.READY:
+            return record
+        if record.state is ContextState.UNAVAILABLE:
+            raise Unavailable(
+                f"context {context_id}: {record.error}",
+                reason="CONTEXT_UNAVAILABLE",
+                retry_after_s=2.0,
+            )
+        if record.state is ContextState.FAILED:
+            raise FailedPrecondition(
+                f"context {context_id} failed: {record.error}; create it again",
+                reason="CONTEXT_FAILED",
+            )
+        raise FailedPrecondition(
+            f"context {context_id} is {record.state.name}, {record.prefill_fraction:.0%} of its "
+            "prefill done; ask again when it is READY",
+            reason="CONTEXT_NOT_READY",
+        )
+
+    def last_worker(self, context_id: str) -> str:
+        """The worker that used the context last, which may have it warm; empty if none."""
+        return self._last_worker.get(context_id, "")
+
+    def used_by(self, context_id: str, worker_id: str) -> None:
+        """Notes which worker uses a context."""
+        self._last_worker[context_id] = worker_id
+
+    # Storing and deleting.
+
+    async def create(self, request: NewContext) -> AsyncGenerator[ContextProgress, None]:
+        """Stores what a client sent; closing the iterator early drops it."""
+        check_new_context(request, policy_names())
+        model = choose_model(request.model, self._models.served())
+        token_ids = await self._models.encode(model, request.prompt, starts=True)
+        async with contextlib.aclosing(
+            self.store(model, token_ids, name=request.name, placement=request.placement)
+        ) as progress:
+            async for each in progress:
+                yield each
+
+    async def store(
+        self, model: ModelInfo, token_ids: Sequence[int], *, name: str = "", placement: str = ""
+    ) -> AsyncGenerator[ContextProgress, None]:
+        """Finds the context of these tokens, joins the one who is storing it, or stores it.
+
+        The last progress is READY. Raises what made it fail; closing early abandons it, unless
+        others wait for it too.
+        """
+        check_context_length(len(token_ids), model)
+        check_token_ids(token_ids, model)
+        identity = dataclasses.replace(model.identity, tenant=self.tenant)
+        context_id = tenancy.context_id(identity, token_ids)
+        fill = self._filling.get(context_id)
+        if fill is None:
+            known = self._book.records.get(context_id)
+            if known is not None and known.state is ContextState.READY:
+                yield ContextProgress(self._readdressed(known), found=True)
+                return
+            to_place = _to_place(context_id, Span(0, len(token_ids)), model, len(token_ids))
+            policy = placement or self._config.placement
+            fill = self._filling.begin(Order(to_place, identity, tuple(token_ids), name, policy))
+        async with contextlib.aclosing(fill.watch()) as watch:
+            async for record in watch:
+                yield ContextProgress(record, found=False)
+
+    async def delete(self, context_id: str) -> int:
+        """Forgets a context: its generations end, its KV goes; returns the bytes freed."""
+        record = self._book.find(context_id, self.tenant)
+        error = Aborted(f"context {context_id} was deleted", reason="CONTEXT_DELETED")
+        fill = self._filling.get(context_id)
+        if fill is not None:
+            fill.fail(error)
+            self._filling.abandon(fill)
+        await self._on_delete(context_id, error)
+        self._book.forget(context_id)
+        self._holdings.dropped(context_id)
+        self._last_worker.pop(context_id, None)
+        await self._book.erase(context_id)
+        nodes = self._book.reachable(record.node_ids)
+        return (await self._driver.drop(context_id, self.tenant, nodes)).bytes_freed
+
+    # Tails.
+
+    def place_tail(self, session_id: str, model: ModelInfo, tokens: int) -> ShardMap:
+        """Where a session without a context keeps the KV of its tokens."""
+        to_place = _to_place(session_id, Span(0, 0), model, tokens)
+        return place(to_place, self._filling.view(), self._config.placement)
+
+    def check_tail(self, record: ContextRecord, model: ModelInfo, tokens: int) -> None:
+        """Raises ResourceExhausted when the context's nodes lack room for a session's tokens."""
+        view = self._filling.view()
+        alive = {node.node_id for node in view.nodes}
+        shards = tuple(s for s in record.shard_map.shards if set(s.node_ids) <= alive)
+        on_alive = dataclasses.replace(record.shard_map, shards=shards)
+        check_room(_to_place(record.context_id, Span(0, 0), model, tokens), on_alive, view, 0.0)
+
+    def _readdressed(self, record: ContextRecord) -> ContextRecord:
+        return dataclasses.replace(record, shard_map=self._cluster.readdress(record.shard_map))
+
+
+def _to_place(context_id: str, span: Span, model: ModelInfo, tokens: int) -> ContextToPlace:
+    itemsize = storage_dtype(model.identity.dtype).itemsize
+    return ContextToPlace(context_id, span, model.layers, itemsize, tokens)

@@ -1,0 +1,198 @@
+"""The coordinator put together: membership in, contexts and sessions out. No gRPC in here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import longreach
+from coordinator.catalog.base import Catalog
+from coordinator.catalog.sqlite import SqliteCatalog
+from coordinator.cluster import (
+    Action,
+    Change,
+    Cluster,
+    Event,
+    Heartbeat,
+    Leave,
+    Member,
+    Tick,
+    Unreachable,
+)
+from coordinator.config import CoordinatorConfig
+from coordinator.contexts import Contexts
+from coordinator.driver import Driver, NodePeer, WorkerPeer
+from coordinator.models import Models
+from coordinator.sessions import Sessions
+from longreach.errors import LongreachError, Unavailable
+from longreach.rpc.retrieval import AsyncNodeClient
+from longreach.rpc.worker import WorkerClient
+
+TICK_S = 0.5
+RECHECK_TICKS = 10
+_log = logging.getLogger(__name__)
+
+_UP = (Change.JOINED, Change.RESTARTED, Change.RECOVERED, Change.MOVED)
+_DOWN = (Change.DIED, Change.LEFT, Change.FORGOTTEN)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """Members and load at `now` (monotonic seconds, the clock of Member.seen_at)."""
+
+    members: tuple[Member, ...]
+    now: float
+    epoch: int
+    contexts: int
+    running: int
+    waiting: int
+    models: tuple[str, ...]
+    version: str
+
+
+class Coordinator:
+    """Wires the parts and carries out what membership decides."""
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        *,
+        catalog: Catalog | None = None,
+        worker_client: Callable[[str], WorkerPeer] = WorkerClient,
+        node_client: Callable[[str], NodePeer] = AsyncNodeClient,
+        clock: Callable[[], float] = time.monotonic,
+        on_ready: Callable[[bool], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._on_ready = on_ready
+        self._ready = False
+        self._draining = False
+        self._cluster = Cluster()
+        self._catalog = catalog or SqliteCatalog(config.data_dir)
+        self._driver = Driver(
+            self._address_of,
+            config.cluster_secret.encode(),
+            worker_client=worker_client,
+            node_client=node_client,
+        )
+        self._models = Models(self._cluster)
+        self.contexts = Contexts(
+            self._catalog, self._cluster, self._driver, self._models, config, self._end_sessions
+        )
+        self.sessions = Sessions(
+            self._cluster, self._driver, self.contexts, self._models, config, self._worker_lost
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Loads the catalog and begins to watch the clock."""
+        await self.contexts.start()
+        self._spawn(self._watch_clock())
+
+    def heartbeat(self, report: Heartbeat) -> int:
+        """Takes a member's report; returns the membership epoch."""
+        self._apply(report)
+        return self._cluster.epoch
+
+    def leave(self, event: Leave) -> int:
+        """A member takes leave; returns the membership epoch."""
+        self._apply(event)
+        return self._cluster.epoch
+
+    def status(self) -> ClusterStatus:
+        """Members, memory and load."""
+        return ClusterStatus(
+            members=tuple(self._cluster.members()),
+            now=self._clock(),
+            epoch=self._cluster.epoch,
+            contexts=self.contexts.count(),
+            running=self.sessions.running,
+            waiting=self.sessions.waiting,
+            models=tuple(sorted(self._models.served())),
+            version=longreach.__version__,
+        )
+
+    async def drain(self) -> None:
+        """Stops admitting; generations and prefills may finish within the grace period."""
+        self._draining = True
+        await self._announce_readiness()
+        grace_s = self._config.drain_grace_s
+        await asyncio.gather(self.sessions.drain(grace_s), self.contexts.drain(grace_s))
+
+    async def close(self) -> None:
+        """Ends everything; call it after `drain`."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.contexts.close()
+        await self._driver.close()
+        await self._catalog.close()
+
+    # Membership.
+
+    def _apply(self, event: Event) -> None:
+        actions = self._cluster.apply(event, self._clock())
+        for action in actions:
+            _log.info("membership %d: %s", self._cluster.epoch, action)
+            self._act(action)
+        if actions:
+            self._spawn(self._announce_readiness())
+        self.sessions.members_changed()
+
+    def _act(self, action: Action) -> None:
+        member = self._cluster.member(action.member_id)
+        is_node = member is not None and member.report.node is not None
+        if action.change in (*_DOWN, Change.RESTARTED):
+            error = Unavailable(f"{action}; ask again", reason="WORKER_LOST", retry_after_s=1.0)
+            if action.change is not Change.LEFT:  # a worker that leaves finishes what it has
+                self.sessions.worker_down(action.member_id, error)
+            self._spawn(self.contexts.settling.node_down(action.member_id))
+        if action.change in _UP:
+            settling = self.contexts.settling
+            up = settling.node_up(action.member_id) if is_node else settling.settle()
+            self._spawn(up)
+
+    def _worker_lost(self, worker_id: str, error: LongreachError) -> None:
+        if isinstance(error, Unavailable):
+            self._apply(Unreachable(worker_id))
+
+    async def _watch_clock(self) -> None:
+        ticks = 0
+        while True:
+            await asyncio.sleep(TICK_S)
+            ticks += 1
+            self._apply(Tick())
+            if ticks % RECHECK_TICKS == 0:
+                await self.contexts.settling.recheck()
+
+    async def _announce_readiness(self) -> None:
+        """Ready once a worker and a node are alive, until draining begins."""
+        able = bool(self._cluster.workers()) and bool(self._cluster.nodes())
+        ready = able and not self._draining
+        if ready != self._ready and self._on_ready is not None:
+            self._ready = ready
+            await self._on_ready(ready)
+
+    async def _end_sessions(self, context_id: str, error: LongreachError) -> None:
+        await self.sessions.abort_context(context_id, error)
+
+    def _address_of(self, member_id: str) -> str:
+        member = self._cluster.member(member_id)
+        if member is None:
+            raise Unavailable(f"{member_id} is not a member of the cluster", reason="NO_MEMBER")
+        return member.report.address
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("a background task failed", exc_info=task.exception())

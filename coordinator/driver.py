@@ -1,0 +1,195 @@
+"""All outgoing calls to workers and nodes.
+
+The rest of the coordinator names members; the driver knows their clients, follows them when they
+move, and signs the capabilities they ask for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from longreach import security
+from longreach.errors import LongreachError, Unavailable
+from longreach.rpc.retrieval import AsyncNodeClient
+from longreach.rpc.worker import WorkerClient
+from longreach.steps import PrefillProgress, StepOutcome, StepRow
+from longreach.types import Budget, Identity, SessionRecord, ShardInventory, ShardMap
+
+# How long a worker may use what it was allowed to: longer than any prefill or generation.
+CAPABILITY_TTL_S = 24 * 3600.0
+_log = logging.getLogger(__name__)
+P = TypeVar("P", bound="Peer")
+
+
+class Peer(Protocol):
+    """A client of one member."""
+
+    address: str
+
+    async def close(self) -> None:
+        """Ends the connection."""
+
+
+class WorkerPeer(Peer, Protocol):
+    """What the coordinator asks of a worker (longreach.rpc.worker.WorkerClient)."""
+
+    def prefill(
+        self,
+        context_id: str,
+        token_ids: Sequence[int],
+        identity: Identity,
+        shard_map: ShardMap,
+        capability: bytes,
+    ) -> AsyncIterator[PrefillProgress]:
+        """Prefills a context; the last progress has a summary."""
+
+    async def open_session(
+        self,
+        record: SessionRecord,
+        identity: Identity,
+        shard_map: ShardMap,
+        capability: bytes,
+        budget: Budget,
+        min_coverage: float,
+    ) -> tuple[int, int]:
+        """Makes a session ready; returns (next position, resident bytes)."""
+
+    async def close_session(self, session_id: str, close_on_nodes: bool) -> bool:
+        """Ends a session."""
+
+    async def step(self, rows: Sequence[StepRow]) -> StepOutcome:
+        """Runs one decode step."""
+
+
+class NodePeer(Peer, Protocol):
+    """What the coordinator asks of a node (longreach.rpc.retrieval.AsyncNodeClient)."""
+
+    async def drop(self, context_id: str, capability: bytes) -> int:
+        """Forgets a context; returns bytes freed."""
+
+    async def inventory(self, context_id: str = "") -> tuple[list[ShardInventory], list[str]]:
+        """Shards held and sessions open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What a drop on several nodes did: bytes freed, and the nodes that did not answer."""
+
+    bytes_freed: int
+    failed: tuple[str, ...]
+
+
+class Driver:
+    """Clients of the members, made when first needed.
+
+    `address_of` gives a member's current host:port; it raises for members that are unknown.
+    """
+
+    def __init__(
+        self,
+        address_of: Callable[[str], str],
+        secret: bytes,
+        *,
+        worker_client: Callable[[str], WorkerPeer] = WorkerClient,
+        node_client: Callable[[str], NodePeer] = AsyncNodeClient,
+    ) -> None:
+        self._address_of = address_of
+        self._secret = secret
+        self._worker_client = worker_client
+        self._node_client = node_client
+        self._workers: dict[str, WorkerPeer] = {}
+        self._nodes: dict[str, NodePeer] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def worker(self, worker_id: str) -> WorkerPeer:
+        """The client of a worker, at its current address."""
+        return self._client(worker_id, self._workers, self._worker_client)
+
+    def node(self, node_id: str) -> NodePeer:
+        """The client of a node, at its current address."""
+        return self._client(node_id, self._nodes, self._node_client)
+
+    def write_capability(self, context_id: str, tenant: str) -> bytes:
+        """Leave to put, seal and drop a context."""
+        expires = time.time() + CAPABILITY_TTL_S
+        return security.sign(
+            security.Capability("write", tenant, context_id, expires), self._secret
+        )
+
+    def read_capability(self, record: SessionRecord) -> bytes:
+        """Leave to open a session."""
+        expires = time.time() + CAPABILITY_TTL_S
+        capability = security.Capability(
+            "read", record.tenant, record.context_id, expires, record.session_id, record.epoch
+        )
+        return security.sign(capability, self._secret)
+
+    async def drop(self, context_id: str, tenant: str, node_ids: Iterable[str]) -> Dropped:
+        """Drops a context on several nodes at once; nodes that do not answer are named."""
+        names = tuple(node_ids)
+        capability = self.write_capability(context_id, tenant)
+        answers = await asyncio.gather(
+            *(_answer(self._drop_on(name, context_id, capability)) for name in names)
+        )
+        failed = tuple(
+            name
+            for name, answer in zip(names, answers, strict=True)
+            if isinstance(answer, LongreachError)
+        )
+        return Dropped(sum(a for a in answers if isinstance(a, int)), failed)
+
+    async def inventories(
+        self, node_ids: Iterable[str], context_id: str = ""
+    ) -> dict[str, list[ShardInventory]]:
+        """What several nodes hold; nodes that do not answer are left out."""
+        names = tuple(node_ids)
+        answers = await asyncio.gather(
+            *(_answer(self._inventory_of(name, context_id)) for name in names)
+        )
+        return {
+            name: answer
+            for name, answer in zip(names, answers, strict=True)
+            if not isinstance(answer, LongreachError)
+        }
+
+    async def close(self) -> None:
+        """Ends every connection."""
+        clients: list[Peer] = [*self._workers.values(), *self._nodes.values()]
+        self._workers.clear()
+        self._nodes.clear()
+        await asyncio.gather(*(client.close() for client in clients), *self._closing)
+
+    async def _drop_on(self, node_id: str, context_id: str, capability: bytes) -> int:
+        return await self.node(node_id).drop(context_id, capability)
+
+    async def _inventory_of(self, node_id: str, context_id: str) -> list[ShardInventory]:
+        return (await self.node(node_id).inventory(context_id))[0]
+
+    def _client(self, member_id: str, clients: dict[str, P], make: Callable[[str], P]) -> P:
+        address = self._address_of(member_id)
+        client = clients.get(member_id)
+        if client is not None and client.address == address:
+            return client
+        if client is not None:
+            task = asyncio.create_task(client.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        clients[member_id] = make(address)
+        return clients[member_id]
+
+
+T = TypeVar("T")
+
+
+async def _answer(call: Coroutine[Any, Any, T]) -> T | LongreachError:
+    try:
+        return await call
+    except LongreachError as error:
+        level = logging.INFO if isinstance(error, Unavailable) else logging.WARNING
+        _log.log(level, "a node did not do what was asked: %s", error)
+        return error

@@ -1,0 +1,244 @@
+"""Stores contexts: reserves, prefills on a worker, and cleans up after failure or abandonment."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from coordinator.catalog.base import ContextRecord, ContextState
+from coordinator.cluster import Cluster
+from coordinator.context_book import ContextBook
+from coordinator.driver import Driver
+from coordinator.fill import Fill
+from coordinator.holdings import Holdings, without_tenant
+from coordinator.placement.base import ClusterView, ContextToPlace, bytes_by_node
+from coordinator.placement.planner import place
+from coordinator.room import Promise, cluster_view
+from coordinator.sweeper import Sweeper
+from longreach.errors import Internal, LongreachError, ResourceExhausted, Unavailable
+from longreach.steps import PrefillSummary
+from longreach.types import Identity
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A context to store: what is placed where, for whom, and its tokens."""
+
+    to_place: ContextToPlace
+    identity: Identity
+    token_ids: tuple[int, ...]
+    name: str
+    policy: str
+
+
+class Filling:
+    """Every context that is being stored.
+
+    `index_reserve`: room for indexes, as a share of K and V. `fills_max`: more are refused.
+    `on_filled` learns which worker prefilled a context.
+    """
+
+    def __init__(
+        self,
+        book: ContextBook,
+        cluster: Cluster,
+        driver: Driver,
+        holdings: Holdings,
+        sweeper: Sweeper,
+        *,
+        index_reserve: float,
+        fills_max: int,
+        on_filled: Callable[[str, str], None],
+    ) -> None:
+        self._book = book
+        self._cluster = cluster
+        self._driver = driver
+        self._holdings = holdings
+        self._sweeper = sweeper
+        self._index_reserve = index_reserve
+        self._fills_max = fills_max
+        self._on_filled = on_filled
+        self._fills: dict[str, Fill] = {}
+        self._promises: dict[str, Promise] = {}
+        self._prefills: Counter[str] = Counter()
+        self._prefill_turns: dict[str, asyncio.Lock] = {}
+
+    def __contains__(self, context_id: str) -> bool:
+        return context_id in self._fills
+
+    def get(self, context_id: str) -> Fill | None:
+        """The fill of a context, if it is being stored."""
+        return self._fills.get(context_id)
+
+    def view(self) -> ClusterView:
+        """The nodes with what is free beside what was promised."""
+        return cluster_view(self._cluster, self._promises.values())
+
+    def begin(self, order: Order) -> Fill:
+        """Reserves room and starts; raises ResourceExhausted when there is none.
+
+        A record that stands for the same context is replaced, what is left of it dropped.
+        """
+        if len(self._fills) >= self._fills_max:
+            raise ResourceExhausted(
+                f"{len(self._fills)} contexts are being stored and at most {self._fills_max} may; "
+                "try again",
+                reason="QUEUE_FULL",
+                retry_after_s=5.0,
+            )
+        context_id = order.to_place.context_id
+        shard_map = place(order.to_place, self.view(), order.policy, self._index_reserve)
+        record = ContextRecord(
+            context_id=context_id,
+            name=order.name,
+            identity=order.identity,
+            state=ContextState.RESERVED,
+            tokens=len(order.token_ids),
+            kv_bytes=order.to_place.room_bytes,
+            created_at=time.time(),
+            shard_map=shard_map,
+        )
+        stale = self._book.records.get(context_id)
+        self._book.show(record)
+        self._promises[context_id] = Promise(bytes_by_node(order.to_place, shard_map.shards))
+        fill = self._fills[context_id] = Fill(record, self.abandon)
+        fill.task = asyncio.create_task(self._run(fill, order.token_ids, stale))
+        return fill
+
+    def abandon(self, fill: Fill) -> None:
+        """Nobody waits for this context any more: stops its prefill and drops everything."""
+        context_id = fill.record.context_id
+        if self._fills.get(context_id) is not fill:
+            return
+        self._close(fill)
+        self._book.forget(context_id)
+        self._holdings.dropped(context_id)
+        if fill.task is not None:
+            fill.task.cancel()
+        self._sweep(fill, after=fill.task, erase=True)
+
+    def abandon_all(self, error: LongreachError) -> None:
+        """Ends every fill with an error."""
+        for fill in list(self._fills.values()):
+            fill.fail(error)
+            self.abandon(fill)
+
+    async def settled(self, timeout_s: float) -> None:
+        """Waits for the fills that run, at most so long."""
+        tasks: Iterable[asyncio.Task[None]] = [f.task for f in self._fills.values() if f.task]
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_s)
+
+    async def _run(
+        self, fill: Fill, token_ids: tuple[int, ...], stale: ContextRecord | None
+    ) -> None:
+        context_id = fill.record.context_id
+        try:
+            await self._sweeper.swept(context_id)
+            if stale is not None:
+                nodes = self._book.reachable(stale.node_ids)
+                await self._driver.drop(context_id, stale.identity.tenant, nodes)
+                self._holdings.dropped(context_id)
+            await self._book.write(fill.record, token_ids)
+            await self._prefill(fill, token_ids)
+        except LongreachError as error:
+            await self._fail(fill, error)
+        except Exception as problem:
+            _log.exception("storing context %s failed", context_id)
+            await self._fail(fill, Internal(f"storing failed with {type(problem).__name__}"))
+
+    async def _prefill(self, fill: Fill, token_ids: tuple[int, ...]) -> None:
+        worker_id = self._choose_worker(fill.record.identity)
+        self._prefills[worker_id] += 1
+        try:
+            async with self._prefill_turns.setdefault(worker_id, asyncio.Lock()):
+                await self._save(fill, state=ContextState.FILLING)
+                summary = await self._follow(fill, worker_id, token_ids)
+        finally:
+            self._prefills[worker_id] -= 1
+        self._holdings.sealed(fill.record)
+        await self._save(
+            fill, state=ContextState.READY, prefill_fraction=1.0, prefill_s=summary.total_s
+        )
+        self._close(fill)
+        self._on_filled(fill.record.context_id, worker_id)
+        _log.info(
+            "context %s: %d tokens prefilled in %.1f s by %s; %s",
+            fill.record.context_id,
+            len(token_ids),
+            summary.total_s,
+            worker_id,
+            fill.record.shard_map.reason,
+        )
+
+    async def _follow(
+        self, fill: Fill, worker_id: str, token_ids: tuple[int, ...]
+    ) -> PrefillSummary:
+        """Runs the prefill and shows its progress."""
+        record = fill.record
+        capability = self._driver.write_capability(record.context_id, record.identity.tenant)
+        calls = self._driver.worker(worker_id).prefill(
+            record.context_id, token_ids, record.identity, record.shard_map, capability
+        )
+        summary: PrefillSummary | None = None
+        async for progress in calls:
+            summary = progress.summary or summary
+            self._promises[record.context_id].stored_fraction = progress.fraction
+            self._show(fill, dataclasses.replace(fill.record, prefill_fraction=progress.fraction))
+        if summary is None:
+            raise Unavailable(f"worker {worker_id} ended the prefill without a summary")
+        return summary
+
+    def _choose_worker(self, identity: Identity) -> str:
+        """The worker with the fewest prefills among those that run the model."""
+        wanted = without_tenant(identity)
+        able = [
+            member.member_id
+            for member in self._cluster.workers()
+            if member.report.worker and member.report.worker.model.identity == wanted
+        ]
+        if not able:
+            raise Unavailable(f"no worker that runs {identity.model} is alive", reason="NO_WORKER")
+        return min(able, key=lambda worker_id: self._prefills[worker_id])
+
+    async def _save(self, fill: Fill, **changes: object) -> None:
+        """Writes a change to the catalog first, then shows it."""
+        record = dataclasses.replace(fill.record, **changes)  # type: ignore[arg-type]
+        await self._book.write(record)
+        self._show(fill, record)
+
+    def _show(self, fill: Fill, record: ContextRecord) -> None:
+        self._book.show(record)
+        fill.update(record)
+
+    async def _fail(self, fill: Fill, error: LongreachError) -> None:
+        """Keeps the error, drops the KV."""
+        record = dataclasses.replace(fill.record, state=ContextState.FAILED, error=error.message)
+        self._book.show(record)
+        self._close(fill)
+        self._sweep(fill)
+        fill.fail(error)
+        await self._book.write(record)
+
+    def _sweep(
+        self, fill: Fill, after: asyncio.Task[None] | None = None, erase: bool = False
+    ) -> None:
+        record = fill.record
+        self._sweeper.sweep(
+            record.context_id,
+            record.identity.tenant,
+            self._book.reachable(record.node_ids),
+            after=after,
+            then=(lambda: self._book.erase(record.context_id)) if erase else None,
+        )
+
+    def _close(self, fill: Fill) -> None:
+        self._fills.pop(fill.record.context_id, None)
+        self._promises.pop(fill.record.context_id, None)

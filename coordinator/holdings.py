@@ -1,0 +1,180 @@
+"""Which sealed shards the nodes hold, and what follows for the contexts.
+
+Pure: nodes' inventories come in, states, leftovers and rebuilt records come out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from coordinator.catalog.base import ContextRecord, ContextState
+from longreach.steps import ModelInfo
+from longreach.types import Identity, Shard, ShardInventory, ShardMap
+
+
+def without_tenant(identity: Identity) -> Identity:
+    """The identity as workers know it: they serve every tenant."""
+    return dataclasses.replace(identity, tenant="")
+
+
+def rectangle(shard: Shard) -> Shard:
+    """The shard without its nodes, to compare a plan with what a node reports."""
+    return dataclasses.replace(shard, node_ids=())
+
+
+class Holdings:
+    """Sealed shards by node and context, from inventories and finished prefills."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, dict[str, list[ShardInventory]]] = {}
+        self._prefilled: dict[str, dict[str, set[Shard]]] = {}
+
+    def report(self, node_id: str, inventory: Sequence[ShardInventory]) -> None:
+        """Replaces what the node reported before by its inventory.
+
+        What a prefill sealed there stays: the inventory may have been taken before that.
+        """
+        held: dict[str, list[ShardInventory]] = {}
+        self._nodes[node_id] = held
+        for item in inventory:
+            if item.sealed:
+                held.setdefault(item.context_id, []).append(item)
+
+    def lost(self, node_id: str) -> None:
+        """The node is gone, or lost its memory."""
+        self._nodes.pop(node_id, None)
+        self._prefilled.pop(node_id, None)
+
+    def sealed(self, record: ContextRecord) -> None:
+        """A prefill ended: every shard of the map is sealed."""
+        for shard in record.shard_map.shards:
+            for node_id in shard.node_ids:
+                by_context = self._prefilled.setdefault(node_id, {})
+                by_context.setdefault(record.context_id, set()).add(rectangle(shard))
+
+    def dropped(self, context_id: str) -> None:
+        """The context was dropped everywhere."""
+        for reported in self._nodes.values():
+            reported.pop(context_id, None)
+        for prefilled in self._prefilled.values():
+            prefilled.pop(context_id, None)
+
+    def holds(self, node_id: str, context_id: str, shard: Shard) -> bool:
+        """Whether a node holds a sealed copy of a shard."""
+        wanted = rectangle(shard)
+        if wanted in self._prefilled.get(node_id, {}).get(context_id, ()):
+            return True
+        reported = self._nodes.get(node_id, {}).get(context_id, ())
+        return any(rectangle(item.shard) == wanted for item in reported)
+
+    def missing(self, record: ContextRecord) -> list[Shard]:
+        """Shards of a context that no node holds."""
+        return [
+            shard
+            for shard in record.shard_map.shards
+            if not any(self.holds(n, record.context_id, shard) for n in shard.node_ids)
+        ]
+
+    def unknown(self, known: Collection[str]) -> dict[str, dict[str, list[ShardInventory]]]:
+        """Inventories, by context and node, of contexts that are not among the known ones."""
+        found: dict[str, dict[str, list[ShardInventory]]] = {}
+        for node_id, by_context in self._nodes.items():
+            for context_id, items in by_context.items():
+                if context_id not in known:
+                    found.setdefault(context_id, {})[node_id] = items
+        return found
+
+
+def settled(record: ContextRecord, missing: Sequence[Shard]) -> ContextRecord:
+    """The record in the state that the nodes justify; one that failed stays failed."""
+    if record.state is ContextState.FAILED:
+        return record
+    if not missing:
+        return dataclasses.replace(record, state=ContextState.READY, prefill_fraction=1.0, error="")
+    nodes = sorted({node_id for shard in missing for node_id in shard.node_ids})
+    return dataclasses.replace(
+        record,
+        state=ContextState.UNAVAILABLE,
+        error=f"{len(missing)} of {len(record.shard_map.shards)} shards are out of reach; they "
+        f"were on {', '.join(nodes)}: bring these nodes back, or create the context again",
+    )
+
+
+def leftovers(
+    node_id: str,
+    inventory: Iterable[ShardInventory],
+    records: Mapping[str, ContextRecord],
+    tombstones: Collection[str],
+) -> dict[str, str]:
+    """Contexts that a node should drop (id to tenant): deleted ones, copies that the map does not
+    put there, and shards whose prefill was interrupted. Contexts being filled are the caller's
+    concern."""
+    found: dict[str, str] = {}
+    for item in inventory:
+        record = records.get(item.context_id)
+        if record is None:
+            useless = not item.sealed or item.context_id in tombstones
+        else:
+            planned = {rectangle(s) for s in record.shard_map.shards if node_id in s.node_ids}
+            useless = rectangle(item.shard) not in planned or not item.sealed
+        if useless:
+            found[item.context_id] = item.identity.tenant
+    return found
+
+
+def rebuild(
+    context_id: str,
+    by_node: Mapping[str, Sequence[ShardInventory]],
+    addresses: Mapping[str, str],
+    models: Iterable[ModelInfo],
+    now: float,
+) -> ContextRecord | None:
+    """The record of a context that only the nodes remember; None until it is whole.
+
+    It is whole when its shards cover every layer and KV head of the model over one span. Its name
+    and tokens are not known to the nodes' inventories and stay empty.
+    """
+    items = [item for held in by_node.values() for item in held]
+    identity = items[0].identity
+    model = next((m for m in models if m.identity == without_tenant(identity)), None)
+    if model is None or any(item.identity != identity for item in items):
+        return None
+    holders: dict[Shard, list[str]] = {}
+    sizes: dict[Shard, int] = {}
+    for node_id in sorted(by_node):
+        for item in by_node[node_id]:
+            holders.setdefault(rectangle(item.shard), []).append(node_id)
+            sizes[rectangle(item.shard)] = item.bytes_stored
+    if not _covers(holders, model):
+        return None
+    shards = tuple(
+        dataclasses.replace(shard, node_ids=tuple(holders[shard]))
+        for shard in sorted(holders, key=lambda shard: shard.shard_id)
+    )
+    return ContextRecord(
+        context_id=context_id,
+        name="",
+        identity=identity,
+        state=ContextState.READY,
+        tokens=shards[0].span.stop,
+        kv_bytes=sum(sizes.values()),
+        created_at=now,
+        shard_map=ShardMap(shards, dict(addresses), "rebuilt", "found on the nodes"),
+        prefill_fraction=1.0,
+    )
+
+
+def _covers(shards: Collection[Shard], model: ModelInfo) -> bool:
+    """Whether the shards are the model's layers and heads over [0, n), each exactly once."""
+    spans = {shard.span for shard in shards}
+    if len(spans) != 1 or next(iter(spans)).start != 0:
+        return False
+    cells = [
+        (number, head)
+        for shard in shards
+        for number in shard.layers
+        for head in range(shard.kv_head_start, shard.kv_head_stop)
+    ]
+    wanted = [(each.layer, head) for each in model.layers for head in range(each.kv_heads)]
+    return sorted(cells) == sorted(wanted)

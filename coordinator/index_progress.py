@@ -1,0 +1,75 @@
+"""How far the index over a context is, asked of its nodes and remembered for a moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from coordinator.catalog.base import ContextRecord, ContextState
+from coordinator.driver import Driver
+from longreach.types import ShardInventory
+
+FRESH_S = 0.5
+_REMEMBERED_MAX = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSummary:
+    """`fraction`: share of the heads that are built; `kind`: kinds that answer now, joined by
+    "+"; `bytes`: of indexes, beside K and V."""
+
+    fraction: float = 0.0
+    kind: str = ""
+    bytes: int = 0
+
+
+def summarise(inventory: Iterable[ShardInventory]) -> IndexSummary:
+    """The index over a context, from the inventories of its shards."""
+    indexes = [item.index for item in inventory if item.sealed]
+    total = sum(index.total for index in indexes)
+    return IndexSummary(
+        fraction=sum(index.built for index in indexes) / total if total else float(bool(indexes)),
+        kind="+".join(sorted({index.serving_kind for index in indexes if index.serving_kind})),
+        bytes=sum(index.bytes for index in indexes),
+    )
+
+
+class IndexProgress:
+    """Summaries by context, at most `FRESH_S` seconds old."""
+
+    def __init__(self, driver: Driver, clock: Callable[[], float] = time.monotonic) -> None:
+        self._driver = driver
+        self._clock = clock
+        self._known: dict[str, tuple[float, IndexSummary]] = {}
+
+    async def of(self, record: ContextRecord) -> IndexSummary:
+        """The summary of a context; empty while it is not READY. Silent nodes are left out."""
+        if record.state is not ContextState.READY:
+            return IndexSummary()
+        known = self._known.get(record.context_id)
+        if known is not None and self._clock() - known[0] < FRESH_S:
+            return known[1]
+        answers = await self._driver.inventories(record.node_ids, record.context_id)
+        summary = summarise(item for items in answers.values() for item in items)
+        self._remember(record.context_id, summary)
+        return summary
+
+    async def of_all(self, records: Sequence[ContextRecord]) -> dict[str, IndexSummary]:
+        """The summaries of many contexts, from one inventory of each node."""
+        nodes = {node_id for record in records for node_id in record.node_ids}
+        by_context: dict[str, list[ShardInventory]] = {}
+        for items in (await self._driver.inventories(sorted(nodes))).values():
+            for item in items:
+                by_context.setdefault(item.context_id, []).append(item)
+        found: dict[str, IndexSummary] = {}
+        for record in records:
+            ready = record.state is ContextState.READY
+            held = by_context.get(record.context_id, [])
+            found[record.context_id] = summarise(held) if ready else IndexSummary()
+        return found
+
+    def _remember(self, context_id: str, summary: IndexSummary) -> None:
+        if len(self._known) >= _REMEMBERED_MAX:
+            self._known.clear()
+        self._known[context_id] = (self._clock(), summary)

@@ -1,0 +1,110 @@
+"""Chooses a placement and says why.
+
+The cost of a decode step is the sum over layers of the slowest node's time, because layers follow
+each other. On one node, heads beyond its cores wait for the next wave: waves = ceil(heads / cores).
+Every further node of a layer costs one more message to encode, send and merge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from coordinator.placement import head_group, layer, round_robin
+from coordinator.placement.base import (
+    POLICIES,
+    ClusterView,
+    ContextToPlace,
+    bytes_by_node,
+    check_room,
+)
+from longreach.errors import ResourceExhausted
+from longreach.types import ShardMap
+
+AUTO = "auto"
+CANDIDATES = ("layer", "head_group")
+# A message to one more node against one wave of searching a head: both are a fraction of a
+# millisecond on a fast network and a 100k-token context; the message is the cheaper one.
+MESSAGE_WAVES = 0.25
+
+_REGISTERED = (head_group, layer, round_robin)  # importing a policy registers it
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a map would cost: `waves` and `messages` per layer (mean over searched layers), and
+    `imbalance`, the fullest node's bytes over the mean."""
+
+    waves: float
+    messages: float
+    imbalance: float
+
+    @property
+    def cost(self) -> float:
+        """Waves with the further messages counted in; lower is better."""
+        return self.waves + MESSAGE_WAVES * (self.messages - 1)
+
+
+def estimate(context: ContextToPlace, view: ClusterView, shard_map: ShardMap) -> Estimate:
+    """Estimates the decode cost of a map."""
+    cores = {node.node_id: max(1, node.cores) for node in view.nodes}
+    heads: dict[int, dict[str, int]] = {
+        each.layer: {} for each in context.layers if each.sliding_window == 0
+    }
+    for shard in shard_map.shards:
+        node_id = shard.node_ids[0]
+        for number in shard.layers:
+            if number in heads:
+                heads[number][node_id] = heads[number].get(node_id, 0) + shard.kv_heads
+    waves = [max(math.ceil(n / cores[node]) for node, n in held.items()) for held in heads.values()]
+    sizes = bytes_by_node(dataclasses.replace(context, room_tokens=1), shard_map.shards)
+    mean = sum(sizes.values()) / len(view.nodes)
+    return Estimate(
+        waves=sum(waves) / max(1, len(waves)),
+        messages=sum(len(held) for held in heads.values()) / max(1, len(heads)),
+        imbalance=max(sizes.values()) / mean,
+    )
+
+
+def place(
+    context: ContextToPlace, view: ClusterView, policy: str = AUTO, index_reserve: float = 0.0
+) -> ShardMap:
+    """Places a context with a named policy, or with the cheapest one that fits.
+
+    Raises InvalidRequest for an unknown policy, Unavailable without nodes and ResourceExhausted,
+    naming bytes needed and free, when it does not fit.
+    """
+    if policy != AUTO:
+        chosen = POLICIES[policy](context, view)
+        check_room(context, chosen, view, index_reserve)
+        return chosen
+    plans: list[tuple[Estimate, ShardMap]] = []
+    too_big: ResourceExhausted | None = None
+    for name in CANDIDATES:
+        candidate = POLICIES[name](context, view)
+        try:
+            check_room(context, candidate, view, index_reserve)
+        except ResourceExhausted as error:
+            too_big = too_big or error
+            continue
+        plans.append((estimate(context, view, candidate), candidate))
+    if not plans:
+        assert too_big is not None
+        raise too_big
+    plans.sort(key=lambda plan: (plan[0].cost, plan[0].imbalance))
+    return dataclasses.replace(plans[0][1], reason=_reason(plans))
+
+
+def _reason(plans: list[tuple[Estimate, ShardMap]]) -> str:
+    costs = "; ".join(
+        f"{shard_map.policy}: {each.waves:.2f} waves of heads and {each.messages:.2f} messages per "
+        f"layer, fullest node {each.imbalance:.2f}x the mean"
+        for each, shard_map in plans
+    )
+    return f"{plans[0][1].policy}: {plans[0][1].reason} ({costs})"
+
+
+def policy_names() -> tuple[str, ...]:
+    """What a request may name."""
+    return (AUTO, *POLICIES)

@@ -1,0 +1,174 @@
+"""What a client asks for, as values, and every check that needs no I/O.
+
+Each check raises InvalidRequest (or NotFound) naming the value, the limit and the way out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from longreach.errors import InvalidRequest, NotFound
+from longreach.steps import ModelInfo
+from longreach.types import Budget, SamplingParams
+
+STOP_TEXTS_MAX = 16
+STOP_TEXT_CHARACTERS_MAX = 256
+TOP_LOGPROBS_MAX = 20
+REQUEST_ID_CHARACTERS_MAX = 128
+NAME_CHARACTERS_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Text or token ids; exactly one is given."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewContext:
+    """A context to store. `model` and `placement` may be empty: the served one, the planner's."""
+
+    prompt: Prompt
+    model: str = ""
+    name: str = ""
+    placement: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateParams:
+    """A generation to run. `max_tokens` 0 and `budget` None take the server's defaults;
+    `min_coverage` 0 means 1."""
+
+    prompt: Prompt
+    model: str = ""
+    context_id: str = ""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int = 0
+    stop_texts: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    budget: Budget | None = None
+    min_coverage: float = 0.0
+    top_logprobs: int = 0
+    request_id: str = ""
+
+
+def check_new_context(request: NewContext, placements: Sequence[str]) -> None:
+    """Checks the options of a context."""
+    if len(request.name) > NAME_CHARACTERS_MAX:
+        raise InvalidRequest(
+            f"the name has {len(request.name)} characters; at most {NAME_CHARACTERS_MAX}"
+        )
+    if request.placement and request.placement not in placements:
+        raise InvalidRequest(
+            f"unknown placement policy {request.placement!r}; known: {', '.join(placements)}",
+            reason="UNKNOWN_NAME",
+        )
+
+
+def check_generate(request: GenerateParams) -> None:
+    """Checks everything about a generation that needs neither model nor context."""
+    _check_sampling(request.sampling)
+    _check_stop_texts(request.stop_texts)
+    if request.max_tokens < 0:
+        raise InvalidRequest(f"max_tokens is {request.max_tokens}; 0 means the server's default")
+    if not 0 <= request.min_coverage <= 1:
+        raise InvalidRequest(
+            f"min_coverage is {request.min_coverage}; it must be in (0, 1], and 0 means 1"
+        )
+    if not 0 <= request.top_logprobs <= TOP_LOGPROBS_MAX:
+        raise InvalidRequest(
+            f"top_logprobs is {request.top_logprobs}; it must be in [0, {TOP_LOGPROBS_MAX}]"
+        )
+    if len(request.request_id) > REQUEST_ID_CHARACTERS_MAX:
+        raise InvalidRequest(
+            f"request_id has {len(request.request_id)} characters; at most "
+            f"{REQUEST_ID_CHARACTERS_MAX}"
+        )
+
+
+def _check_sampling(sampling: SamplingParams) -> None:
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise InvalidRequest(
+            f"temperature is {sampling.temperature}; it must be 0 (greedy) or a positive number"
+        )
+    if not 0 <= sampling.top_p <= 1:
+        raise InvalidRequest(
+            f"top_p is {sampling.top_p}; it must be in (0, 1], and 0 or 1 switches it off"
+        )
+    if sampling.top_k < 0:
+        raise InvalidRequest(f"top_k is {sampling.top_k}; it must be 0 (off) or positive")
+
+
+def _check_stop_texts(texts: Sequence[str]) -> None:
+    if len(texts) > STOP_TEXTS_MAX:
+        raise InvalidRequest(f"{len(texts)} stop texts; at most {STOP_TEXTS_MAX}")
+    for text in texts:
+        if not text:
+            raise InvalidRequest("a stop text is empty; leave it out")
+        if len(text) > STOP_TEXT_CHARACTERS_MAX:
+            raise InvalidRequest(
+                f"a stop text has {len(text)} characters; at most {STOP_TEXT_CHARACTERS_MAX}"
+            )
+
+
+def check_token_ids(token_ids: Iterable[int], model: ModelInfo) -> None:
+    """Checks that every id is in the model's vocabulary."""
+    largest = max(token_ids, default=0)
+    if largest >= model.vocab_size:
+        raise InvalidRequest(
+            f"token id {largest} is not in the vocabulary of {model.model}, which has "
+            f"{model.vocab_size} tokens"
+        )
+
+
+def check_context_length(tokens: int, model: ModelInfo) -> None:
+    """Checks that a context leaves room for a question token and an answer token."""
+    if tokens < 1:
+        raise InvalidRequest("the context is empty; send text or token ids")
+    if tokens > model.max_positions - 2:
+        raise InvalidRequest(
+            f"the context has {tokens} tokens and {model.model} accepts {model.max_positions} "
+            f"positions, two of them for a question and an answer: at most "
+            f"{model.max_positions - 2}",
+            reason="TOO_LONG",
+        )
+
+
+def answer_tokens(
+    request: GenerateParams, context_tokens: int, prompt_tokens: int, model: ModelInfo, default: int
+) -> int:
+    """How many tokens to generate; raises InvalidRequest when they do not fit the model.
+
+    The server's default shrinks to what fits; a number the client named does not.
+    """
+    if prompt_tokens < 1:
+        raise InvalidRequest("the prompt is empty; give at least one token after the context")
+    used = context_tokens + prompt_tokens
+    left = model.max_positions - used
+    wanted = request.max_tokens or 1
+    if wanted > left:
+        raise InvalidRequest(
+            f"{context_tokens} context tokens + {prompt_tokens} prompt tokens + {wanted} to "
+            f"generate = {used + wanted}, and {model.model} accepts {model.max_positions} "
+            "positions: shorten the prompt or lower max_tokens",
+            reason="TOO_LONG",
+        )
+    return request.max_tokens or min(default, left)
+
+
+def choose_model(wanted: str, models: Mapping[str, ModelInfo]) -> ModelInfo:
+    """The model a request means; an empty name means the only one that is served."""
+    served = ", ".join(sorted(models)) or "none yet: no worker is alive"
+    if wanted:
+        if wanted not in models:
+            raise NotFound(f"model {wanted!r} is not served; served: {served}", reason="NO_MODEL")
+        return models[wanted]
+    if not models:
+        raise NotFound(f"no model is served; served: {served}", reason="NO_MODEL")
+    if len(models) > 1:
+        raise InvalidRequest(f"name the model; this cluster serves {served}")
+    return next(iter(models.values()))

@@ -1,0 +1,154 @@
+"""Continuous batching: one decode loop per worker.
+
+Each step carries one row of every session that is decoding and, within a limit, question rows of
+the others. Sessions join and leave between steps. The next step is made when the last one has
+answered, because it needs its tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from coordinator.generation import Generation, Token
+from longreach.errors import Internal, LongreachError
+from longreach.steps import StepOutcome, StepRow, StepRowResult
+
+_log = logging.getLogger(__name__)
+
+OnToken = Callable[[Token], None]
+
+
+class StepRunner(Protocol):
+    """What a decode loop needs of a worker."""
+
+    async def step(self, rows: Sequence[StepRow]) -> StepOutcome:
+        """Runs one step; raises Unavailable when the worker is lost."""
+
+
+class _Seat:
+    """A session in the loop. `left` resolves at a step boundary: no row of it is in flight."""
+
+    def __init__(self, generation: Generation, on_token: OnToken) -> None:
+        self.generation = generation
+        self.on_token = on_token
+        self.leaving = False
+        self.left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
+class DecodeLoop:
+    """Runs the steps of one worker while it has sessions.
+
+    `max_row_tokens` is the worker's limit on one row, `question_tokens` the limit on all question
+    rows of a step. `on_lost` is told when a step failed as a whole.
+    """
+
+    def __init__(
+        self,
+        worker: StepRunner,
+        *,
+        max_row_tokens: int,
+        question_tokens: int,
+        on_lost: Callable[[LongreachError], None] = lambda error: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._worker = worker
+        self._max_row_tokens = max_row_tokens
+        self._question_tokens = question_tokens
+        self._on_lost = on_lost
+        self._clock = clock
+        self._seats: dict[str, _Seat] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def run(self, generation: Generation, on_token: OnToken) -> None:
+        """Feeds a generation until it finishes; raises what ended it otherwise.
+
+        Cancelling leaves the loop at the next step boundary, then raises CancelledError.
+        """
+        seat = _Seat(generation, on_token)
+        self._seats[generation.session_id] = seat
+        if self._task is None:
+            self._task = asyncio.create_task(self._steps())
+        try:
+            await asyncio.shield(seat.left)
+        except asyncio.CancelledError:
+            seat.leaving = True
+            await asyncio.wait([seat.left])
+            raise
+
+    def fail(self, error: LongreachError) -> None:
+        """Ends every session with an error at once, without waiting for the step in flight."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        for seat in list(self._seats.values()):
+            self._leave(seat, error)
+
+    async def _steps(self) -> None:
+        try:
+            while self._seats:
+                rows = self._gather()
+                if rows:
+                    outcome = await self._worker.step(list(rows.values()))
+                    self._dispatch(rows, outcome)
+                for seat in [s for s in self._seats.values() if s.leaving]:
+                    self._leave(seat)
+            self._task = None
+        except LongreachError as error:
+            self._lost(error)
+        except Exception as problem:
+            _log.exception("the decode loop failed")
+            self._lost(Internal(f"the decode loop failed with {type(problem).__name__}"))
+
+    def _lost(self, error: LongreachError) -> None:
+        self._task = None
+        for seat in list(self._seats.values()):
+            self._leave(seat, error)
+        self._on_lost(error)
+
+    def _gather(self) -> dict[str, StepRow]:
+        """The rows of the next step: every decoder, and questions within the limit, in turn."""
+        rows: dict[str, StepRow] = {}
+        questions_left = self._question_tokens
+        for name, seat in list(self._seats.items()):
+            if seat.leaving:
+                continue
+            if seat.generation.decoding:
+                rows[name] = seat.generation.next_row(1)
+            elif questions_left > 0:
+                row = seat.generation.next_row(min(self._max_row_tokens, questions_left))
+                questions_left -= len(row.token_ids)
+                rows[name] = row
+                self._seats[name] = self._seats.pop(name)  # served: the others go first next time
+        return rows
+
+    def _dispatch(self, rows: dict[str, StepRow], outcome: StepOutcome) -> None:
+        results = {result.session_id: result for result in outcome.results}
+        now = self._clock()
+        for name, row in rows.items():
+            seat = self._seats[name]
+            result = results.get(name) or StepRowResult(
+                name, error=Internal(f"the worker's reply has no row for session {name}")
+            )
+            try:
+                token = seat.generation.accept(row, result, outcome.timing, now)
+            except LongreachError as error:
+                self._leave(seat, error)
+                continue
+            if token is not None:
+                seat.on_token(token)
+            if seat.generation.finish_reason is not None:
+                self._leave(seat)
+
+    def _leave(self, seat: _Seat, error: LongreachError | None = None) -> None:
+        self._seats.pop(seat.generation.session_id, None)
+        if seat.left.done():
+            return
+        if error is None:
+            seat.left.set_result(None)
+        else:
+            seat.left.set_exception(error)
+            seat.left.exception()  # read by `run`, unless its caller was cancelled meanwhile

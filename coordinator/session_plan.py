@@ -1,0 +1,137 @@
+"""Everything that is decided about a generation before it gets a worker's slot."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coordinator.admission import Admission
+from coordinator.catalog.base import ContextRecord
+from coordinator.config import CoordinatorConfig
+from coordinator.contexts import Contexts
+from coordinator.holdings import without_tenant
+from coordinator.models import Models
+from coordinator.requests import (
+    GenerateParams,
+    answer_tokens,
+    check_token_ids,
+    choose_model,
+)
+from coordinator.tokenizer import Tokenizer
+from longreach.errors import IdentityMismatch, Internal, InvalidRequest
+from longreach.steps import ModelInfo
+from longreach.types import BOUNDARY_TOKENS, Identity, SessionRecord, ShardMap
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked generation, ready to be opened on any worker with this identity."""
+
+    params: GenerateParams
+    model: ModelInfo
+    identity: Identity
+    context: ContextRecord | None
+    shard_map: ShardMap
+    record: SessionRecord
+    tokenizer: Tokenizer | None
+
+
+class Planner:
+    """Turns what a client asked for into a plan, or into an error that says what is wrong."""
+
+    def __init__(
+        self,
+        contexts: Contexts,
+        models: Models,
+        admission: Admission,
+        config: CoordinatorConfig,
+    ) -> None:
+        self._contexts = contexts
+        self._models = models
+        self._admission = admission
+        self._config = config
+        self._default_budget = config.budget()
+
+    async def plan(self, params: GenerateParams) -> Plan:
+        context = self._contexts.ready(params.context_id) if params.context_id else None
+        wanted = params.model or (context.identity.model if context else "")
+        model = choose_model(wanted, self._models.served())
+        prompt = await self._models.encode(model, params.prompt, starts=context is None)
+        check_token_ids(prompt, model)
+        stored = context.tokens if context else 0
+        max_tokens = answer_tokens(
+            params, stored, len(prompt), model, self._config.default_max_tokens
+        )
+        tokenizer = await self._tokenizer(params, model)
+        if context is None and len(prompt) > self._config.inline_prompt_tokens:
+            context, prompt = await self._store_prompt(model, prompt)
+        return self._planned(params, model, context, tuple(prompt), max_tokens, tokenizer)
+
+    def _planned(
+        self,
+        params: GenerateParams,
+        model: ModelInfo,
+        context: ContextRecord | None,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        tokenizer: Tokenizer | None,
+    ) -> Plan:
+        session_id = f"ses-{secrets.token_hex(12)}"
+        if context is None:
+            identity = dataclasses.replace(model.identity, tenant=self._contexts.tenant)
+            shard_map = self._contexts.place_tail(session_id, model, len(prompt) + max_tokens)
+        else:
+            identity, shard_map = context.identity, context.shard_map
+            _check_identity(context, model)
+            self._contexts.check_tail(context, model, len(prompt) + max_tokens)
+        record = SessionRecord(
+            session_id=session_id,
+            context_id=context.context_id if context else "",
+            context_stop=context.tokens if context else 0,
+            tenant=self._contexts.tenant,
+            epoch=1,
+            prompt_ids=prompt,
+            sampling=params.sampling,
+            stop_ids=() if params.ignore_eos else model.eos_ids,
+            stop_texts=params.stop_texts,
+            max_tokens=max_tokens,
+        )
+        return Plan(params, model, identity, context, shard_map, record, tokenizer)
+
+    async def _tokenizer(self, params: GenerateParams, model: ModelInfo) -> Tokenizer | None:
+        if params.stop_texts:
+            return await self._models.tokenizer(model)
+        return await self._models.tokenizer_or_none(model)
+
+    async def _store_prompt(
+        self, model: ModelInfo, prompt: Sequence[int]
+    ) -> tuple[ContextRecord, Sequence[int]]:
+        """Stores all but the end of a long prompt; the end becomes the question."""
+        cut = (len(prompt) - 1) // BOUNDARY_TOKENS * BOUNDARY_TOKENS
+        record: ContextRecord | None = None
+        with self._admission.storing():
+            async with contextlib.aclosing(self._contexts.store(model, prompt[:cut])) as progress:
+                async for each in progress:
+                    record = each.record
+        if record is None:
+            raise Internal("storing the prompt ended without a record")
+        return record, prompt[cut:]
+
+
+def _check_identity(context: ContextRecord, model: ModelInfo) -> None:
+    """The context's KV must be of exactly this model."""
+    if context.identity.model != model.model:
+        raise InvalidRequest(
+            f"context {context.context_id} was stored for model {context.identity.model!r}, not "
+            f"{model.model!r}; leave the model out or create the context for this model",
+            reason="WRONG_MODEL",
+        )
+    held = without_tenant(context.identity)
+    if held != model.identity:
+        raise IdentityMismatch(
+            f"context {context.context_id} cannot be used by the workers that are alive: "
+            f"{held.difference(model.identity)}; create it again"
+        )

@@ -1,0 +1,101 @@
+"""Keeps contexts in step with the nodes: what is sealed where decides what is READY.
+
+Nodes are asked for their inventory when they register, come back or move, and again while
+something that they should hold is out of reach. Contexts that only the nodes remember are rebuilt;
+what a node holds for nobody is dropped there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from coordinator import holdings
+from coordinator.catalog.base import ContextState
+from coordinator.cluster import Cluster
+from coordinator.context_book import ContextBook
+from coordinator.driver import Driver
+from coordinator.filling import Filling
+from coordinator.models import Models
+from coordinator.sweeper import Sweeper
+
+_log = logging.getLogger(__name__)
+
+
+class Settling:
+    """Reacts to membership for every context that is not being stored."""
+
+    def __init__(
+        self,
+        book: ContextBook,
+        cluster: Cluster,
+        driver: Driver,
+        models: Models,
+        held: holdings.Holdings,
+        filling: Filling,
+        sweeper: Sweeper,
+    ) -> None:
+        self._book = book
+        self._cluster = cluster
+        self._driver = driver
+        self._models = models
+        self._holdings = held
+        self._filling = filling
+        self._sweeper = sweeper
+
+    async def node_up(self, node_id: str) -> None:
+        """A node registered, or came back: takes its inventory and settles every context."""
+        inventory = (await self._driver.inventories([node_id])).get(node_id)
+        if inventory is None or not self._book.reachable((node_id,)):
+            return
+        self._holdings.report(node_id, inventory)
+        useless = holdings.leftovers(node_id, inventory, self._book.records, self._book.tombstones)
+        for context_id, tenant in useless.items():
+            if context_id not in self._filling:
+                self._sweeper.sweep(context_id, tenant, [node_id])
+        await self.settle()
+
+    async def node_down(self, node_id: str) -> None:
+        """A node died, left, or lost its memory."""
+        self._holdings.lost(node_id)
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Puts every context in the state that the nodes justify."""
+        await self._rebuild_unknown()
+        for context_id in list(self._book.records):
+            record = self._book.records.get(context_id)  # others work while the catalog writes
+            if record is None or context_id in self._filling:
+                continue
+            settled = holdings.settled(record, self._holdings.missing(record))
+            if settled != record:
+                _log.info("context %s is %s now", context_id, settled.state.name)
+                self._book.show(settled)
+                await self._book.write(settled)
+
+    async def recheck(self) -> None:
+        """Asks nodes again that should hold what is out of reach: a snapshot may have loaded."""
+        wanted = {
+            node_id
+            for record in self._book.records.values()
+            if record.state is ContextState.UNAVAILABLE
+            for node_id in record.node_ids
+        }
+        for node_id in self._book.reachable(tuple(sorted(wanted))):
+            await self.node_up(node_id)
+
+    async def _rebuild_unknown(self) -> None:
+        unknown = self._holdings.unknown(self._book.records.keys() | self._book.tombstones)
+        for context_id, by_node in unknown.items():
+            addresses = {
+                name: member.report.address
+                for name in by_node
+                if (member := self._cluster.member(name)) is not None
+            }
+            record = holdings.rebuild(
+                context_id, by_node, addresses, self._models.served().values(), time.time()
+            )
+            if record is not None:
+                _log.info("context %s was found on %s", context_id, ", ".join(sorted(by_node)))
+                self._book.show(record)
+                await self._book.write(record)

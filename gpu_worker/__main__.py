@@ -1,0 +1,69 @@
+"""Starts a GPU worker: `python -m gpu_worker --help`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from gpu_worker.config import WorkerConfig
+from gpu_worker.conformance import require_conformance
+from gpu_worker.engine import Engine
+from gpu_worker.membership import worker_reports
+from gpu_worker.model import load_model
+from gpu_worker.server import start_server
+from longreach.config import read_config
+from longreach.errors import LongreachError
+from longreach.logging import configure
+from longreach.process import announce, wait_for_stop
+from longreach.rpc.membership import HeartbeatSender
+
+_LOG = logging.getLogger("gpu_worker")
+_GRACE_S = 5.0
+
+
+def run(config: WorkerConfig) -> None:
+    """Loads the model, serves until told to stop."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model = load_model(config.model, config.device, config.dtype)
+    conformance = require_conformance(model)
+    _LOG.info("model %s conforms to eager attention: %s", model.info.model, conformance)
+    engine = Engine(model, config)
+    engine.start()
+    server, address, readiness = start_server(engine, config.listen)
+    heartbeats = HeartbeatSender(
+        config.coordinator_addresses, worker_reports(config, address, engine.status)
+    )
+    readiness.set(True)
+    heartbeats.start()
+    announce(address)
+    _LOG.info(
+        "worker on %s: %s, %d session slots of %d bytes",
+        address,
+        model.device,
+        config.max_sessions,
+        engine.status().resident_capacity_bytes // config.max_sessions,
+    )
+    wait_for_stop(config.exit_with_parent)
+    readiness.set(False)
+    heartbeats.stop()
+    server.stop(_GRACE_S).wait()
+    engine.stop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the configuration and runs; returns the exit status."""
+    configure()
+    try:
+        run(read_config(WorkerConfig, "gpu_worker", argv))
+    except LongreachError as error:
+        _LOG.error("%s", error.message)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""A worker without its server: the model, the device's thread, sessions and prefills.
+
+Callers are server threads. Whatever touches the device or the open sessions is handed to the one
+thread that owns them; whatever waits for nodes outside the token path stays on the caller's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from gpu_worker.appends import Appends
+from gpu_worker.chunking import ChunkSizer
+from gpu_worker.config import WorkerConfig
+from gpu_worker.decoding import Decoder, check_tokens
+from gpu_worker.fanout import FanOut, NodeSession
+from gpu_worker.ingest import Ingest
+from gpu_worker.model import Model, rss_bytes
+from gpu_worker.offload import Destination
+from gpu_worker.opening import Opened, Opener
+from gpu_worker.resident import LocalSlab
+from gpu_worker.routes import plan_route
+from gpu_worker.sampling import check_sampling
+from gpu_worker.scheduler import DeviceThread
+from gpu_worker.session import Session
+from longreach.errors import IdentityMismatch, InvalidRequest
+from longreach.steps import PrefillProgress, StepOutcome, StepRow, WorkerStatus
+from longreach.types import Budget, Identity, SessionRecord, ShardMap
+
+
+class Engine:
+    """Serves one model. `start` before use, `stop` at the end."""
+
+    def __init__(self, model: Model, config: WorkerConfig) -> None:
+        self.model = model
+        self._config = config
+        self._slab = LocalSlab(
+            model.layers,
+            slots=config.max_sessions,
+            sink=config.sink_tokens,
+            window=config.window_tokens,
+            max_row_tokens=config.max_row_tokens,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._loop = asyncio.new_event_loop()
+        self._fanout = FanOut(model.layers, self._loop)
+        self._appends = Appends(model.layers)
+        self._opener = Opener(
+            model.layers, self._slab.kinds, self._slab.kind_of, config.window_tokens
+        )
+        self._decoder = Decoder(
+            model,
+            self._slab,
+            self._fanout,
+            self._appends,
+            step_deadline_s=config.step_deadline_ms / 1e3,
+            append_timeout_s=config.append_timeout_ms / 1e3,
+        )
+        self._nodes: dict[str, NodeSession] = {}
+        self._device = DeviceThread()
+
+    def start(self) -> None:
+        """Begins to take work."""
+        self._device.start()
+
+    def stop(self) -> None:
+        """Ends the work under way and every connection."""
+        self._device.call(self._fanout.close).exception()
+        self._device.stop()
+        self._appends.close()
+        self._opener.disconnect()
+        self._loop.close()
+
+    def prefill(
+        self, to: Destination, token_ids: Sequence[int], cancelled: threading.Event
+    ) -> Iterator[PrefillProgress]:
+        """Prefills a context and stores it on its nodes; the last progress has the summary.
+
+        Setting `cancelled` ends it between two chunks. Raises IdentityMismatch, InvalidRequest,
+        Cancelled and what nodes refuse with.
+        """
+        self._check_identity(to.identity)
+        info = self.model.info
+        if not 1 <= len(token_ids) <= info.max_positions:
+            raise InvalidRequest(
+                f"the context has {len(token_ids)} tokens; model {info.model!r} takes 1 to "
+                f"{info.max_positions}"
+            )
+        check_tokens(token_ids, info.vocab_size)
+        plan_route(to.shard_map, self.model.layers, len(token_ids))
+        sizer = ChunkSizer(
+            self._config.prefill_chunk_tokens,
+            shared_target_s=self._config.prefill_shared_chunk_ms / 1e3,
+            alone_target_s=self._config.prefill_chunk_ms / 1e3,
+        )
+        return Ingest(self.model, self._device, to, token_ids, sizer, cancelled).run()
+
+    def open_session(
+        self,
+        record: SessionRecord,
+        identity: Identity,
+        shard_map: ShardMap,
+        capability: bytes,
+        budget: Budget,
+        min_coverage: float,
+    ) -> tuple[int, int]:
+        """Makes a session ready; returns where its next row starts and its resident bytes.
+
+        A session that is open here already is replaced. Raises ResourceExhausted when no slot is
+        free, IdentityMismatch, and what nodes refuse with.
+        """
+        self._check_identity(identity)
+        check_sampling(record.sampling)
+        if not 0 <= min_coverage <= 1:
+            raise InvalidRequest(f"min_coverage is {min_coverage}; it must be in [0, 1]")
+        route = plan_route(shard_map, self.model.layers, record.context_stop)
+        slot = self._device.call(lambda: self._take_slot(record.session_id)).result()
+        try:
+            opened = self._opener.open(record, identity, route, capability)
+        except BaseException:
+            self._device.call(lambda: self._slab.release(slot)).result()
+            raise
+        session = Session(record, budget, min_coverage, slot, opened.stop, route)
+        self._device.call(lambda: self._admit(session, opened)).result()
+        return opened.stop, self._slab.bytes_per_slot
+
+    def close_session(self, session_id: str, close_on_nodes: bool) -> bool:
+        """Ends a session here and, when asked, on its nodes; whether it was open."""
+        nodes = self._device.call(lambda: self._forget(session_id)).result()
+        if nodes is not None and close_on_nodes:
+            self._opener.close(nodes)
+        return nodes is not None
+
+    def step(self, rows: Sequence[StepRow]) -> StepOutcome:
+        """Feeds rows of many sessions in one forward pass; failures are in the results."""
+        asked = time.perf_counter()
+
+        def work() -> StepOutcome:
+            queued_s = time.perf_counter() - asked
+            outcome = self._decoder.step(rows)
+            return replace(outcome, timing=replace(outcome.timing, queue_s=queued_s))
+
+        return self._device.call(work).result()
+
+    def status(self) -> WorkerStatus:
+        """What this worker is and what it holds."""
+        slab = self._slab
+        return WorkerStatus(
+            model=self.model.info,
+            device=str(self.model.device),
+            max_sessions=slab.slots,
+            sessions=slab.slots_used,
+            max_row_tokens=slab.max_row_tokens,
+            sink_tokens=slab.sink,
+            window_tokens=slab.window,
+            resident_capacity_bytes=slab.slots * slab.bytes_per_slot,
+            resident_used_bytes=slab.slots_used * slab.bytes_per_slot,
+            rss_bytes=rss_bytes(),
+        )
+
+    def _check_identity(self, identity: Identity) -> None:
+        own = replace(self.model.info.identity, tenant=identity.tenant)
+        if identity != own:
+            raise IdentityMismatch(
+                f"this worker's KV is of another identity than asked: {identity.difference(own)}; "
+                "send the request to a worker of that model"
+            )
+
+    def _take_slot(self, session_id: str) -> int:
+        self._forget(session_id)
+        return self._slab.acquire()
+
+    def _admit(self, session: Session, opened: Opened) -> None:
+        """Makes an opened session known; on the device's thread."""
+        self._forget(session.session_id)
+        for part in opened.resident:
+            self._slab.place(part.layer, session.slot, part.start, 0, part.keys, part.values)
+        self._slab.occupy(session.slot, opened.stop)
+        session_id = session.session_id
+        self._nodes[session_id] = opened.nodes
+        self._fanout.attach(session_id, opened.nodes)
+        self._appends.open(session_id, session.record.epoch, opened.nodes, opened.stop)
+        self._decoder.sessions[session_id] = session
+
+    def _forget(self, session_id: str) -> NodeSession | None:
+        """Frees what the worker holds of a session; on the device's thread."""
+        session = self._decoder.sessions.pop(session_id, None)
+        if session is None:
+            return None
+        self._slab.release(session.slot)
+        self._fanout.detach(session_id)
+        self._appends.close_session(session_id)
+        return self._nodes.pop(session_id)

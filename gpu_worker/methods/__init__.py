@@ -1,0 +1,1 @@
+"""How a layer reaches the keys that are not on the device."""

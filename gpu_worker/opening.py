@@ -1,0 +1,235 @@
+"""Opens a session on its nodes and reads its resident set back.
+
+Runs outside the thread that owns the device: it waits for nodes. A worker is a cache, so this is
+also how a session moves: the nodes hold its tail, and the next row starts where they end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gpu_worker.fanout import NodeSession
+from gpu_worker.resident import Kind
+from gpu_worker.routes import Route
+from longreach.errors import DeadlineExceeded, LongreachError, Unavailable
+from longreach.rpc.retrieval import NodeClient
+from longreach.types import (
+    Identity,
+    KvBlock,
+    LayerGeometry,
+    SessionRecord,
+    Shard,
+    Span,
+    StorageArray,
+    storage_dtype,
+)
+
+log = logging.getLogger(__name__)
+
+
+class SessionNode(Protocol):
+    """The part of NodeClient that opening a session uses."""
+
+    def open_session(
+        self,
+        capability: bytes,
+        record: SessionRecord,
+        identity: Identity,
+        tail_shards: Sequence[Shard],
+        geometry: Sequence[LayerGeometry],
+    ) -> tuple[int, int]:
+        """Opens a session; returns its handle and one past the last position held."""
+
+    def read(self, handle: int, span: Span, layers: Sequence[int] = ()) -> Iterator[KvBlock]:
+        """KV of a session's positions."""
+
+    def close_session(self, handle: int) -> int:
+        """Ends a session."""
+
+    def close(self) -> None:
+        """Ends the connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentPart:
+    """KV of one layer over one span: keys [kv_heads, n, head_dim], values [kv_heads, n, dv]."""
+
+    layer: int
+    start: int
+    keys: StorageArray
+    values: StorageArray
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An open session: where it stands, its nodes, and what belongs on the device."""
+
+    stop: int
+    nodes: NodeSession
+    resident: tuple[ResidentPart, ...]
+
+
+class Opener:
+    """Opens sessions of one model. Thread-safe; keeps one connection per node.
+
+    `kinds` and `kind_of` say which positions each layer keeps resident.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerGeometry],
+        kinds: Sequence[Kind],
+        kind_of: Sequence[int],
+        window: int,
+        connect: Callable[[str], SessionNode] = NodeClient,
+    ) -> None:
+        self._layers = tuple(layers)
+        self._kinds = tuple(kinds)
+        self._kind_of = tuple(kind_of)
+        self._window = window
+        self._connect = connect
+        self._clients: dict[str, SessionNode] = {}
+
+    def node(self, address: str) -> SessionNode:
+        """The client of a node."""
+        client = self._clients.get(address)
+        if client is None:
+            client = self._clients.setdefault(address, self._connect(address))
+        return client
+
+    def open(
+        self, record: SessionRecord, identity: Identity, route: Route, capability: bytes
+    ) -> Opened:
+        """Opens the session on every node that answers and reads the resident set.
+
+        Raises Unavailable where no node of a shard answers, and what a node refused with.
+        """
+        nodes, stops = self._open_on_nodes(record, identity, route, capability)
+        stop = min(stops.values(), default=record.context_stop)
+        try:
+            resident = self._read_resident(nodes, stop, identity)
+        except LongreachError:
+            self.close(nodes)
+            raise
+        return Opened(stop, nodes, resident)
+
+    def close(self, nodes: NodeSession) -> None:
+        """Ends the session on its nodes; one that does not answer forgets it by itself."""
+        for node_id, handle in nodes.handles.items():
+            try:
+                self.node(nodes.route.addresses[node_id]).close_session(handle)
+            except LongreachError as error:
+                log.warning("session was not closed on node %s: %s", node_id, error)
+
+    def disconnect(self) -> None:
+        """Ends every connection."""
+        for client in self._clients.values():
+            client.close()
+
+    def _open_on_nodes(
+        self, record: SessionRecord, identity: Identity, route: Route, capability: bytes
+    ) -> tuple[NodeSession, dict[str, int]]:
+        handles: dict[str, int] = {}
+        stops: dict[str, int] = {}
+        failures: dict[str, LongreachError] = {}
+        for node_id, address in route.addresses.items():
+            shards = route.tail_shards.get(node_id, ())
+            kept = sorted({layer for shard in shards for layer in shard.layers})
+            try:
+                handle, stop = self.node(address).open_session(
+                    capability, record, identity, shards, [self._layers[i] for i in kept]
+                )
+            except (Unavailable, DeadlineExceeded) as error:
+                failures[node_id] = error
+                continue
+            handles[node_id] = handle
+            if shards:
+                stops[node_id] = stop
+        nodes = NodeSession(route, handles, set(failures))
+        for pieces in route.pieces:
+            for piece in pieces:
+                if not nodes.holders(piece):
+                    causes = "; ".join(failures[n].message for n in piece.node_ids)
+                    raise Unavailable(f"no node of shard {piece.shard_id!r} answers: {causes}")
+        return nodes, stops
+
+    def _read_resident(
+        self, nodes: NodeSession, stop: int, identity: Identity
+    ) -> tuple[ResidentPart, ...]:
+        parts: list[ResidentPart] = []
+        dtype = storage_dtype(identity.dtype)
+        for number, kind in enumerate(self._kinds):
+            members = [i for i, other in enumerate(self._kind_of) if other == number]
+            for span in kind.resident(stop, self._window):
+                if len(span):
+                    parts.extend(self._read_span(nodes, members, span, dtype))
+        return tuple(parts)
+
+    def _read_span(
+        self,
+        nodes: NodeSession,
+        members: Sequence[int],
+        span: Span,
+        dtype: np.dtype[np.generic],
+    ) -> Iterator[ResidentPart]:
+        """The span of layers of one kind, from the nodes that hold it; all of it or an error."""
+        room = {layer: _Room(self._layers[layer], span, dtype) for layer in members}
+        for node_id, wanted in _asked(nodes, members, span).items():
+            client = self.node(nodes.route.addresses[node_id])
+            for part, layers in wanted.items():
+                for block in client.read(nodes.handles[node_id], part, layers):
+                    for axis, layer in enumerate(block.layers):
+                        if layer in room:
+                            room[layer].put(block, axis)
+        for layer, each in room.items():
+            yield each.part(layer)
+
+
+def _asked(
+    nodes: NodeSession, members: Sequence[int], span: Span
+) -> dict[str, dict[Span, list[int]]]:
+    """Which spans of which layers to read from which node: each piece from its first holder."""
+    asked: dict[str, dict[Span, list[int]]] = {}
+    for layer in members:
+        for piece in nodes.route.pieces[layer]:
+            part = span.intersect(piece.span)
+            if len(part):
+                layers = asked.setdefault(nodes.holders(piece)[0], {}).setdefault(part, [])
+                if layer not in layers:
+                    layers.append(layer)
+    return asked
+
+
+class _Room:
+    """Arrays for one layer's span, filled by blocks that may come twice."""
+
+    def __init__(self, geometry: LayerGeometry, span: Span, dtype: np.dtype[np.generic]) -> None:
+        self._span = span
+        self._keys = np.zeros((geometry.kv_heads, len(span), geometry.head_dim), dtype)
+        self._values = np.zeros((geometry.kv_heads, len(span), geometry.value_dim), dtype)
+        self._filled = np.zeros((geometry.kv_heads, len(span)), bool)
+
+    def put(self, block: KvBlock, axis: int) -> None:
+        """Takes the part of a block that lies in the span."""
+        common = self._span.intersect(block.span)
+        source = slice(common.start - block.start, common.stop - block.start)
+        target = slice(common.start - self._span.start, common.stop - self._span.start)
+        heads = slice(block.kv_head_start, block.kv_head_start + block.keys.shape[1])
+        self._keys[heads, target] = block.keys[axis][:, source]
+        self._values[heads, target] = block.values[axis][:, source]
+        self._filled[heads, target] = True
+
+    def part(self, layer: int) -> ResidentPart:
+        """The whole span; raises Unavailable where something is missing."""
+        if not self._filled.all():
+            head, position = np.argwhere(~self._filled)[0].tolist()
+            raise Unavailable(
+                f"the nodes did not return position {self._span.start + position} of layer "
+                f"{layer}, KV head {head}; the context may still be filling or was dropped"
+            )
+        return ResidentPart(layer, self._span.start, self._keys, self._values)

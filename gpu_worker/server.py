@@ -1,0 +1,109 @@
+"""The gRPC face of a worker: decode, call the engine, encode. Nothing else."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from gpu_worker.engine import Engine
+from gpu_worker.offload import Destination
+from longreach import wire
+from longreach.errors import Unavailable
+from longreach.rpc.channels import server_options
+from longreach.rpc.health import Readiness, serve_health
+from longreach.rpc.status import map_errors
+from longreach.v1 import worker_pb2 as pb
+from longreach.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
+SERVER_THREADS = 64
+"""Concurrent RPCs; an open Step stream or a running Prefill takes one."""
+
+
+class WorkerServer(WorkerServiceServicer):
+    """Answers the RPCs of a worker from its engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @map_errors
+    def Prefill(  # noqa: N802
+        self, request: pb.PrefillRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.PrefillResponse]:
+        """Prefills a context; a caller that goes away cancels it."""
+        cancelled = threading.Event()
+        if not context.add_callback(cancelled.set):
+            cancelled.set()
+        to = Destination(
+            request.context_id,
+            wire.identity_from_proto(request.identity),
+            wire.shard_map_from_proto(request.shard_map),
+            request.capability,
+        )
+        for progress in self._engine.prefill(to, tuple(request.token_ids), cancelled):
+            yield wire.prefill_progress_to_proto(progress)
+
+    @map_errors
+    def OpenSession(  # noqa: N802
+        self, request: pb.WorkerServiceOpenSessionRequest, context: grpc.ServicerContext
+    ) -> pb.WorkerServiceOpenSessionResponse:
+        """Opens a session on its nodes and reads its resident set back."""
+        stop, resident_bytes = self._engine.open_session(
+            wire.session_record_from_proto(request.record),
+            wire.identity_from_proto(request.identity),
+            wire.shard_map_from_proto(request.shard_map),
+            request.capability,
+            wire.budget_from_proto(request.budget),
+            request.min_coverage,
+        )
+        return pb.WorkerServiceOpenSessionResponse(stop=stop, resident_bytes=resident_bytes)
+
+    @map_errors
+    def CloseSession(  # noqa: N802
+        self, request: pb.WorkerServiceCloseSessionRequest, context: grpc.ServicerContext
+    ) -> pb.WorkerServiceCloseSessionResponse:
+        """Ends a session here and, when asked, on its nodes."""
+        was_open = self._engine.close_session(request.session_id, request.close_on_nodes)
+        return pb.WorkerServiceCloseSessionResponse(was_open=was_open)
+
+    @map_errors
+    def Step(  # noqa: N802
+        self, request_iterator: Iterator[pb.StepRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.StepResponse]:
+        """Decode steps, answered in order."""
+        for request in request_iterator:
+            outcome = self._engine.step([wire.step_row_from_proto(row) for row in request.rows])
+            response = wire.step_outcome_to_proto(outcome)
+            response.step_id = request.step_id
+            yield response
+
+    @map_errors
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:  # noqa: N802
+        """What the worker is and what it holds."""
+        return wire.worker_status_to_proto(self._engine.status())
+
+
+def start_server(engine: Engine, listen: str) -> tuple[grpc.Server, str, Readiness]:
+    """Starts to answer on `listen`; returns the server, its host:port and the readiness switch.
+
+    Raises Unavailable when the address cannot be bound.
+    """
+    server = grpc.server(
+        ThreadPoolExecutor(SERVER_THREADS, thread_name_prefix="rpc"),
+        options=server_options(),
+        maximum_concurrent_rpcs=SERVER_THREADS,
+    )
+    add_WorkerServiceServicer_to_server(WorkerServer(engine), server)
+    readiness = serve_health(server, (SERVICE_NAME,))
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise Unavailable(f"cannot listen on {listen}: {error}") from None
+    server.start()
+    return server, f"{listen.rpartition(':')[0]}:{port}", readiness

@@ -1,0 +1,68 @@
+"""Where the cluster is, and which context a person means."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from longreach.errors import NotFound
+from longreach.sdk import Client, Context
+
+DEFAULT_ADDRESS = "127.0.0.1:7300"
+
+Subparsers = Any
+"""What `add_subparsers` returns; argparse's own class for it is private."""
+
+
+def add_command(commands: Subparsers, name: str, help: str, epilog: str) -> argparse.ArgumentParser:
+    """A subcommand's parser, with its examples below the flags."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_connection_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where the coordinator is."""
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("LONGREACH_ADDRESS", DEFAULT_ADDRESS),
+        metavar="HOST:PORT",
+        help="the coordinator [LONGREACH_ADDRESS, default %(default)s]",
+    )
+    parser.add_argument(
+        "--timeout-s", type=float, metavar="S", help="give up after this many seconds"
+    )
+
+
+def connect(arguments: argparse.Namespace) -> Client:
+    """A client of the coordinator the flags name; LONGREACH_API_KEY is sent if it is set."""
+    return Client(
+        arguments.address,
+        timeout_s=arguments.timeout_s,
+        api_key=os.environ.get("LONGREACH_API_KEY"),
+    )
+
+
+def find_context(client: Client, wanted: str) -> Context:
+    """The context with that id, that start of an id, or that name (the newest if several).
+
+    Raises NotFound listing what there is.
+    """
+    known = client.contexts.list()
+    for context in known:
+        if wanted in (context.id, context.name):
+            return context
+    starting = [context for context in known if context.id.startswith(wanted)]
+    if len(starting) == 1 and len(wanted) > len("ctx-"):
+        return starting[0]
+    names = ", ".join(context.name or context.id for context in known[:10])
+    raise NotFound(
+        f"no context {wanted!r}; "
+        + (f"there is {names}" if names else "none is stored: longreach ingest FILE --name NAME")
+    )

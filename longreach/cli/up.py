@@ -1,0 +1,87 @@
+"""`longreach up`: a cluster on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from rich.console import Console
+
+from longreach.cli.connection import DEFAULT_ADDRESS, Subparsers, add_command
+from longreach.errors import Unavailable
+from longreach.local_cluster import DEFAULT_DATA_DIR, LocalCluster, raise_on_sigterm
+
+_WATCH_S = 1.0
+
+_EPILOG = """\
+examples:
+  longreach up --model models/demo
+  longreach up --model Qwen/Qwen3-0.6B --nodes 4 --data-dir /var/lib/longreach
+  longreach up --model models/demo --listen 0.0.0.0:7300     reachable from other machines
+
+Contexts are kept under the data directory: the next `up` over it finds them. Ctrl-C stops every
+process; logs are in DATA_DIR/logs.
+"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Adds the subcommand."""
+    parser = add_command(commands, "up", "start a cluster on this machine and stay", _EPILOG)
+    parser.add_argument("--model", required=True, metavar="PATH|NAME", help="directory or hub name")
+    parser.add_argument("--nodes", type=int, default=2, help="retrieval nodes (default 2)")
+    parser.add_argument("--workers", type=int, default=1, help="workers (default 1)")
+    parser.add_argument(
+        "--data-dir", default=str(DEFAULT_DATA_DIR), help="kept between runs (default %(default)s)"
+    )
+    parser.add_argument(
+        "--listen", default=DEFAULT_ADDRESS, metavar="HOST:PORT",
+        help="the coordinator's address; port 0 picks a free one (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--start-timeout-s", type=float, default=600.0, metavar="S",
+        help="how long loading the model may take (default %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Starts the cluster, prints its addresses and stays until it is interrupted."""
+    raise_on_sigterm()
+    console = Console(stderr=True, highlight=False)
+    cluster = LocalCluster(
+        arguments.model,
+        nodes=arguments.nodes,
+        workers=arguments.workers,
+        data_dir=arguments.data_dir,
+        listen=arguments.listen,
+        start_timeout_s=arguments.start_timeout_s,
+    )
+    console.print(f"starting {len(cluster.members)} processes, logs in {cluster.data_dir / 'logs'}")
+    with cluster:
+        for member in cluster.members:
+            console.print(f"  {member.name:<12} {member.address:<22} pid {member.pid}")
+        console.print(f"ready: export LONGREACH_ADDRESS={cluster.address}; Ctrl-C stops")
+        try:
+            _watch(cluster, console)
+        except KeyboardInterrupt:
+            console.print("stopping")
+    return 0
+
+
+def _watch(cluster: LocalCluster, console: Console) -> None:
+    """Reports members that die; the cluster goes on without them, but not without coordinator."""
+    reported: set[int] = set()
+    while True:
+        for member in cluster.members:
+            if member.alive or member.pid in reported:
+                continue
+            reported.add(member.pid)
+            try:
+                member.require_alive()
+            except Unavailable as error:
+                console.print(error.message)
+                if member.name == "coordinator":
+                    raise
+        sys.stderr.flush()
+        time.sleep(_WATCH_S)

@@ -1,0 +1,1 @@
+"""Clients of longreach's services, and what their servers share: options, errors, health."""

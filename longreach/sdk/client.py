@@ -1,0 +1,232 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+
+from longreach.errors import Cancelled
+from longreach.rpc.channels import sync_channel
+from longreach.rpc.status import error_from_rpc
+from longreach.sdk import messages
+from longreach.sdk.models import Context, Generation, Status, Token
+from longreach.sdk.options import GenerateKeywords, GenerateOptions
+from longreach.sdk.upload import Upload
+from longreach.v1 import generation_pb2 as pb
+from longreach.v1.generation_pb2_grpc import GenerationServiceStub
+
+Progress = Callable[[Context], None]
+
+
+class Client:
+    """Talks to a coordinator at `address` (host:port); safe to use from several threads.
+
+    `timeout_s` is the deadline of each call, none by default; every method takes its own. A call
+    past its deadline raises DeadlineExceeded and is cancelled on the server. `api_key` is sent as a
+    bearer token. Close the client, or use it as a context manager.
+    """
+
+    def __init__(
+        self, address: str, *, timeout_s: float | None = None, api_key: str | None = None
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._metadata = messages.call_metadata(api_key)
+        self._channel = sync_channel(address)
+        self._stub = GenerationServiceStub(self._channel)
+        self.contexts = Contexts(self)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateKeywords],
+    ) -> TokenStream:
+        """Starts a generation after `prompt` (text or token ids); its tokens come as they are made.
+
+        The keywords are those of options.GenerateOptions. Raises InvalidRequest at once; errors of
+        the server are raised while the stream is read.
+        """
+        request = messages.generate_request(prompt, GenerateOptions(**options))
+        return TokenStream(self._call("Generate", request, timeout_s), self.address)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateKeywords],
+    ) -> Generation:
+        """Like `stream`, but returns when the generation is finished."""
+        with self.stream(prompt, timeout_s=timeout_s, **options) as tokens:
+            for _ in tokens:
+                pass
+            return tokens.summary
+
+    def status(self, *, timeout_s: float | None = None) -> Status:
+        """Members, memory and load of the cluster."""
+        return messages.status_from_proto(
+            self._unary("GetStatus", pb.GetStatusRequest(), timeout_s)
+        )
+
+    def close(self) -> None:
+        """Ends every call and frees the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        deadline_s = self._timeout_s if timeout_s is None else timeout_s
+        return getattr(self._stub, method)(request, timeout=deadline_s, metadata=self._metadata)
+
+    def _upload(
+        self, requests: Iterator[pb.CreateContextRequest], timeout_s: float | None
+    ) -> Upload:
+        return Upload(
+            self._stub.CreateContext,
+            requests,
+            peer=self.address,
+            timeout_s=self._timeout_s if timeout_s is None else timeout_s,
+            metadata=self._metadata,
+        )
+
+    def _unary(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        try:
+            return self._call(method, request, timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, peer=self.address) from error
+
+
+class Contexts:
+    """The contexts of a cluster; `client.contexts`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def create(
+        self,
+        *,
+        text: str | Iterable[str] | None = None,
+        tokens: Iterable[int] | None = None,
+        path: str | os.PathLike[str] | None = None,
+        name: str = "",
+        model: str = "",
+        placement: str = "",
+        on_progress: Progress | None = None,
+        timeout_s: float | None = None,
+    ) -> Context:
+        """Stores a context and returns when it can be asked; its index may still be building.
+
+        Give exactly one of `text` (a string, or pieces that belong together), `tokens` and `path`
+        (a UTF-8 file, streamed). An identical context is found (`Context.found`), not computed
+        again. `on_progress` is called with the context as it stands. An exception, whether from the
+        source, the callback or Ctrl-C, cancels the call, and the server drops what it received.
+        """
+        requests = messages.create_requests(
+            text=text, tokens=tokens, path=path, name=name, model=model, placement=placement
+        )
+        with self._client._upload(requests, timeout_s) as upload:
+            for context in upload:
+                if on_progress is not None:
+                    on_progress(context)
+            return upload.finished()
+
+    def get(self, context: Context | str, *, timeout_s: float | None = None) -> Context:
+        """The context with this id. Raises NotFound."""
+        request = pb.GetContextRequest(context_id=messages.context_id(context))
+        reply = self._client._unary("GetContext", request, timeout_s)
+        return messages.context_from_proto(reply.context)
+
+    def list(self, *, timeout_s: float | None = None) -> tuple[Context, ...]:
+        """All contexts of the caller, newest first."""
+        reply = self._client._unary("ListContexts", pb.ListContextsRequest(), timeout_s)
+        return tuple(messages.context_from_proto(each) for each in reply.contexts)
+
+    def delete(self, context: Context | str, *, timeout_s: float | None = None) -> int:
+        """Forgets a context and returns the bytes freed on the nodes. Raises NotFound."""
+        request = pb.DeleteContextRequest(context_id=messages.context_id(context))
+        return int(self._client._unary("DeleteContext", request, timeout_s).bytes_freed)
+
+    def wait_indexed(
+        self,
+        context: Context | str,
+        *,
+        on_progress: Progress | None = None,
+        timeout_s: float | None = None,
+    ) -> Context:
+        """Waits until the index of a context is complete; questions are answered before, too.
+
+        Raises DeadlineExceeded after `timeout_s`, and FailedPrecondition if the context failed.
+        """
+        started = time.monotonic()
+        polls = 0
+        while True:
+            current = self.get(context)
+            if on_progress is not None:
+                on_progress(current)
+            wait_s = messages.index_wait_s(current, polls)
+            if wait_s is None:
+                return current
+            if timeout_s is not None and time.monotonic() + wait_s - started > timeout_s:
+                raise messages.index_timeout(current, timeout_s)
+            time.sleep(wait_s)
+            polls += 1
+
+
+class TokenStream(Iterator[Token]):
+    """Tokens of a running generation; iterate to read them.
+
+    As a context manager it cancels the generation on leaving before its end. `summary` is the
+    finished generation once the stream has been read to its end.
+    """
+
+    def __init__(self, call: Any, peer: str) -> None:
+        self._call = call
+        self._peer = peer
+        self._builder = messages.GenerationBuilder()
+        self._pending: list[Token] = []
+        self._cancelled = False
+
+    @property
+    def summary(self) -> Generation:
+        """The finished generation. Raises FailedPrecondition before the end of the stream."""
+        return self._builder.summary()
+
+    def cancel(self) -> None:
+        """Ends the generation on the server; reading on raises Cancelled. Harmless at the end."""
+        self._cancelled = True
+        self._call.cancel()
+
+    def __next__(self) -> Token:
+        while not self._pending:
+            try:
+                self._pending = self._builder.feed(next(self._call))
+            except StopIteration:
+                self._builder.finish()
+                raise
+            except grpc.RpcError as error:
+                if self._cancelled:
+                    raise Cancelled("this stream was cancelled by its reader") from None
+                raise error_from_rpc(error, peer=self._peer) from error
+        return self._pending.pop(0)
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()

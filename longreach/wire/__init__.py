@@ -1,0 +1,123 @@
+"""Domain values to and from protobuf messages, checked on the way in.
+
+Every `x_from_proto` raises InvalidRequest (MalformedTensor for arrays) on a message that no honest
+peer would send; nothing is allocated by a size that a message merely claims.
+"""
+
+from longreach.wire.attend import (
+    NodeTiming,
+    attend_request,
+    attend_response,
+    attend_results_from_proto,
+    attend_rows_from_proto,
+    node_timing_from_proto,
+)
+from longreach.wire.failures import error_from_proto, error_to_proto
+from longreach.wire.kv import (
+    append_entry_from_proto,
+    append_entry_to_proto,
+    kv_block_from_proto,
+    kv_block_to_proto,
+    query_sample_from_proto,
+    query_sample_to_proto,
+)
+from longreach.wire.placement import (
+    geometry_from_proto,
+    geometry_to_proto,
+    identity_from_proto,
+    identity_to_proto,
+    shard_from_proto,
+    shard_map_from_proto,
+    shard_map_to_proto,
+    shard_to_proto,
+    span_from_proto,
+    span_to_proto,
+)
+from longreach.wire.session import (
+    budget_from_proto,
+    budget_to_proto,
+    sampling_from_proto,
+    sampling_to_proto,
+    session_record_from_proto,
+    session_record_to_proto,
+    work_from_proto,
+    work_to_proto,
+)
+from longreach.wire.status import (
+    index_status_from_proto,
+    index_status_to_proto,
+    model_info_from_proto,
+    model_info_to_proto,
+    node_stats_from_proto,
+    node_stats_to_proto,
+    shard_inventory_from_proto,
+    shard_inventory_to_proto,
+    worker_status_from_proto,
+    worker_status_to_proto,
+)
+from longreach.wire.steps import (
+    prefill_progress_from_proto,
+    prefill_progress_to_proto,
+    step_outcome_from_proto,
+    step_outcome_to_proto,
+    step_result_from_proto,
+    step_result_to_proto,
+    step_row_from_proto,
+    step_row_to_proto,
+)
+from longreach.wire.tensor import tensor_from_proto, tensor_to_proto
+
+__all__ = [
+    "NodeTiming",
+    "append_entry_from_proto",
+    "append_entry_to_proto",
+    "attend_request",
+    "attend_response",
+    "attend_results_from_proto",
+    "attend_rows_from_proto",
+    "budget_from_proto",
+    "budget_to_proto",
+    "error_from_proto",
+    "error_to_proto",
+    "geometry_from_proto",
+    "geometry_to_proto",
+    "identity_from_proto",
+    "identity_to_proto",
+    "index_status_from_proto",
+    "index_status_to_proto",
+    "kv_block_from_proto",
+    "kv_block_to_proto",
+    "model_info_from_proto",
+    "model_info_to_proto",
+    "node_stats_from_proto",
+    "node_stats_to_proto",
+    "node_timing_from_proto",
+    "prefill_progress_from_proto",
+    "prefill_progress_to_proto",
+    "query_sample_from_proto",
+    "query_sample_to_proto",
+    "sampling_from_proto",
+    "sampling_to_proto",
+    "session_record_from_proto",
+    "session_record_to_proto",
+    "shard_from_proto",
+    "shard_inventory_from_proto",
+    "shard_inventory_to_proto",
+    "shard_map_from_proto",
+    "shard_map_to_proto",
+    "shard_to_proto",
+    "span_from_proto",
+    "span_to_proto",
+    "step_outcome_from_proto",
+    "step_outcome_to_proto",
+    "step_result_from_proto",
+    "step_result_to_proto",
+    "step_row_from_proto",
+    "step_row_to_proto",
+    "tensor_from_proto",
+    "tensor_to_proto",
+    "work_from_proto",
+    "work_to_proto",
+    "worker_status_from_proto",
+    "worker_status_to_proto",
+]

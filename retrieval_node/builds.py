@@ -1,0 +1,195 @@
+"""Indexes of a shard: one that answers at once, and better ones built in the background."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Mapping
+
+from longreach.errors import Cancelled, LongreachError
+from longreach.types import IndexStatus, QuerySample
+from retrieval_node.background import lower_priority
+from retrieval_node.index.base import INDEX_KINDS, BuildControl, Index
+from retrieval_node.memory import MemoryBudget, Reservation, Use
+from retrieval_node.shard import SealedShard
+
+_LOG = logging.getLogger(__name__)
+FIRST_KIND = "flat"
+"""The kind that answers from the moment of the seal; it needs no build."""
+
+
+class ShardIndexes:
+    """The index that answers for each searched layer of a shard, and how its successor fares.
+
+    Readers take `serving[layer]` without a lock; a finished build replaces that entry. Query
+    samples are kept until every layer has used its own.
+    """
+
+    def __init__(
+        self,
+        sealed: SealedShard,
+        samples: Mapping[int, QuerySample],
+        samples_reservation: Reservation,
+        target_kind: str,
+    ) -> None:
+        self.target_kind = target_kind
+        self._samples = dict(samples)
+        self._samples_reservation = samples_reservation
+        self.cancelled = threading.Event()
+        control = BuildControl(lambda built, total: None, self.cancelled)
+        first = INDEX_KINDS[FIRST_KIND]
+        self.serving: dict[int, Index] = {
+            layer: first.build(sealed.layers[layer], None, control)
+            for layer in sealed.searched_layers
+        }
+        self._heads = sealed.shard.kv_heads
+        self._built: dict[int, int] = {}
+        self._pending = set(self.serving) if INDEX_KINDS[target_kind].needs_build else set()
+        self._reservations: list[Reservation] = []
+        self._build_cpu_s = 0.0
+        self._error = ""
+        self._lock = threading.Lock()
+        if not self._pending:
+            self._free_samples()
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Layers whose target index is not built yet."""
+        with self._lock:
+            return tuple(sorted(self._pending))
+
+    def sample(self, layer: int) -> QuerySample | None:
+        """Prefill queries of a layer, when there are some and its build is still to come."""
+        with self._lock:
+            return self._samples.get(layer)
+
+    def progressed(self, layer: int, heads_built: int) -> None:
+        """Notes how many heads of a layer are built."""
+        with self._lock:
+            self._built[layer] = heads_built
+
+    def finished(self, layer: int, index: Index, memory: Reservation, cpu_s: float) -> None:
+        """Lets a built index answer from now on; its memory is freed with the shard."""
+        with self._lock:
+            self._reservations.append(memory)
+            self._build_cpu_s += cpu_s
+            self._built[layer] = self._heads
+            self.serving[layer] = index
+            self._settle(layer)
+            if self.cancelled.is_set():
+                memory.release()
+
+    def failed(self, layer: int, error: str) -> None:
+        """Notes that a build failed; the index before it goes on answering."""
+        with self._lock:
+            self._error = f"layer {layer}: {error}"
+            self._settle(layer)
+
+    def release(self) -> int:
+        """Cancels builds and frees the indexes' memory; returns the bytes freed."""
+        self.cancelled.set()
+        with self._lock:
+            self._samples.clear()
+            held = [self._samples_reservation, *self._reservations]
+            return sum(reservation.release() for reservation in held)
+
+    def status(self) -> IndexStatus:
+        """Where the indexes stand; layers of different kinds are joined by "+"."""
+        with self._lock:
+            serving = "+".join(sorted({index.kind for index in self.serving.values()}))
+            done = not self._pending and not self._error
+            return IndexStatus(
+                serving_kind=serving,
+                target_kind=serving if done else self.target_kind,
+                built=sum(
+                    self._built.get(layer, 0) if layer in self._pending else self._heads
+                    for layer in self.serving
+                ),
+                total=self._heads * len(self.serving),
+                bytes=sum(index.index_bytes for index in self.serving.values()),
+                build_cpu_s=self._build_cpu_s,
+                error=self._error,
+            )
+
+    def _settle(self, layer: int) -> None:
+        self._pending.discard(layer)
+        self._samples.pop(layer, None)
+        if not self._pending:
+            self._free_samples()
+
+    def _free_samples(self) -> None:
+        self._samples.clear()
+        self._samples_reservation.release()
+
+
+class Builder:
+    """Builds indexes in background threads of low priority, layer by layer, first come first."""
+
+    def __init__(self, memory: MemoryBudget, kind: str, threads: int) -> None:
+        self.kind = kind
+        INDEX_KINDS[kind]  # an unknown kind fails at start, not at the first seal
+        self._memory = memory
+        self._jobs: queue.SimpleQueue[tuple[SealedShard, ShardIndexes, int] | None]
+        self._jobs = queue.SimpleQueue()
+        self._unfinished = 0
+        self._idle = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"builder-{n}", daemon=True)
+            for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def start(self, sealed: SealedShard, indexes: ShardIndexes) -> None:
+        """Queues the builds of a shard's layers."""
+        layers = indexes.pending
+        with self._idle:
+            self._unfinished += len(layers)
+        for layer in layers:
+            self._jobs.put((sealed, indexes, layer))
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until no build is waiting or running; False when the time runs out first."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._unfinished == 0, timeout_s)
+
+    def close(self) -> None:
+        """Ends the threads after the layer each is building."""
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        lower_priority()
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._build(*job)
+            finally:
+                with self._idle:
+                    self._unfinished -= 1
+                    self._idle.notify_all()
+
+    def _build(self, sealed: SealedShard, indexes: ShardIndexes, layer: int) -> None:
+        if indexes.cancelled.is_set():
+            return
+        name = f"{self.kind} index of shard {sealed.shard.shard_id!r}, layer {layer}"
+        control = BuildControl(
+            lambda built, total: indexes.progressed(layer, built), indexes.cancelled
+        )
+        began = time.thread_time()
+        try:
+            index = INDEX_KINDS[self.kind].build(
+                sealed.layers[layer], indexes.sample(layer), control
+            )
+            memory = self._memory.reserve(Use.INDEX, index.index_bytes, name)
+        except Cancelled:
+            return
+        except LongreachError as error:
+            _LOG.warning("no %s: %s", name, error.message)
+            indexes.failed(layer, error.message)
+        except Exception as error:
+            _LOG.exception("building the %s failed", name)
+            indexes.failed(layer, f"{type(error).__name__}: {error}")
+        else:
+            indexes.finished(layer, index, memory, time.thread_time() - began)

@@ -1,0 +1,90 @@
+"""Configuration of a retrieval node."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from longreach.config import setting
+from longreach.errors import InvalidRequest
+
+_SHARE_OF_MEMORY = 0.8
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """A retrieval node: stores KV, searches it and answers partial attention."""
+
+    listen: str = setting("127.0.0.1:0", "host:port to answer on; port 0 picks a free one")
+    advertise: str = setting(
+        "", "host:port others reach this node at; empty for the listen address"
+    )
+    node_id: str = setting("", "stable name of the node; empty for host name and port")
+    host: str = setting("", "physical host, for replica placement; empty for the host name")
+    zone: str = setting("", "zone, for replica placement; may be empty")
+    memory_limit_bytes: int = setting(
+        0, "bytes for KV, tails and indexes; 0 for 80% of the memory this process may use"
+    )
+    snapshot_dir: str = setting(
+        "", "directory for snapshots of sealed shards, read at start; empty for none"
+    )
+    index_kind: str = setting("auto", "index kind to build over every sealed shard")
+    build_threads: int = setting(1, "background threads that build indexes, at low priority")
+    attend_threads: int = setting(0, "threads of one search; 0 for all cores")
+    max_streams: int = setting(
+        128, "concurrent RPCs; each pins a thread, one more is refused with RESOURCE_EXHAUSTED"
+    )
+    fill_timeout_s: float = setting(
+        600.0, "a shard nobody has put into for this long without sealing it is dropped"
+    )
+    session_timeout_s: float = setting(
+        3600.0, "a session nobody has read or appended to for this long is closed"
+    )
+    coordinators: str = setting("", "host:port of the coordinators, comma separated")
+    cluster_secret: str = setting("", "secret shared by the cluster's services; signs capabilities")
+    exit_with_parent: bool = setting(False, "stop when the parent process is gone")
+
+    def __post_init__(self) -> None:
+        if not self.cluster_secret:
+            raise InvalidRequest(
+                "no cluster secret; set LONGREACH_CLUSTER_SECRET to the same random text on every "
+                "service, so that the node can check what the coordinator signed"
+            )
+        if self.memory_limit_bytes < 0:
+            raise InvalidRequest(
+                f"memory_limit_bytes is {self.memory_limit_bytes}; write 0 or more"
+            )
+        for name in ("build_threads", "max_streams"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def coordinator_addresses(self) -> tuple[str, ...]:
+        """Addresses of the coordinators."""
+        return tuple(part.strip() for part in self.coordinators.split(",") if part.strip())
+
+    @property
+    def host_name(self) -> str:
+        """Physical host."""
+        return self.host or socket.gethostname()
+
+    @property
+    def search_threads(self) -> int:
+        """Threads of one search."""
+        return self.attend_threads or os.cpu_count() or 1
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes the node may use, with 0 resolved."""
+        return self.memory_limit_bytes or int(_SHARE_OF_MEMORY * _memory_of_process())
+
+
+def _memory_of_process() -> int:
+    """Bytes of memory this process may use: its control group's limit, else the machine's."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            return min(machine, int(limit.read()))
+    except (OSError, ValueError):
+        return machine

@@ -1,0 +1,127 @@
+"""Between the rows of an index and the rows of the native kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from longreach.errors import InvalidRequest
+from longreach.types import FloatArray, IntArray, Span, WorkFigures
+from retrieval_node.index.base import IndexAnswer, IndexRows, LayerKv
+from retrieval_node.kernel import FIGURES, BudgetedAnswer, KernelRows
+
+
+def local_scope(rows: IndexRows, kv: LayerKv) -> Span:
+    """The scope clipped to the positions held, counted from the first key held."""
+    held = kv.positions.intersect(rows.scope)
+    return Span(held.start - kv.start, held.stop - kv.start) if len(held) else Span(0, 0)
+
+
+def kernel_rows(rows: IndexRows, kv: LayerKv) -> KernelRows:
+    """The same rows, in keys counted from the first held; InvalidRequest if shapes do not fit."""
+    check_rows(rows, kv)
+    scope = local_scope(rows, kv)
+    return KernelRows(
+        rows.queries, rows.kv_head_start, scope.start, scope.stop, rows.budget, rows.logit_floor
+    )
+
+
+def check_rows(rows: IndexRows, kv: LayerKv) -> None:
+    """Raise InvalidRequest unless queries and logit floor fit the keys."""
+    shape = rows.queries.shape
+    if len(shape) != 4 or shape[3] != kv.keys.shape[2]:
+        raise InvalidRequest(
+            f"queries have shape {shape}; expected [rows, heads, group, {kv.keys.shape[2]}]"
+        )
+    stop = rows.kv_head_start + shape[1]
+    if rows.kv_head_start < 0 or stop > kv.kv_heads:
+        raise InvalidRequest(
+            f"KV heads [{rows.kv_head_start}, {stop}) are not all among the {kv.kv_heads} held"
+        )
+    if rows.logit_floor is not None and rows.logit_floor.shape != shape[:3]:
+        raise InvalidRequest(
+            f"logit_floor has shape {rows.logit_floor.shape}; expected {shape[:3]} as the queries"
+        )
+    if not np.isfinite(rows.queries).all():
+        raise InvalidRequest("queries hold NaN or infinity; send finite values")
+
+
+def work_in_scope(rows: IndexRows, kv: LayerKv) -> WorkFigures:
+    """The part of the work figures that the scope alone decides."""
+    pairs = rows.queries.shape[0] * rows.queries.shape[1] * len(local_scope(rows, kv))
+    return WorkFigures(keys_in_scope=pairs, keys_covered=pairs, bytes_in_scope=pairs * kv.row_bytes)
+
+
+def answer_by_budget(
+    batch: Sequence[IndexRows],
+    exact: Callable[[list[IndexRows]], list[IndexAnswer]],
+    budgeted: Callable[[list[IndexRows]], list[IndexAnswer]],
+) -> list[IndexAnswer]:
+    """Answers of `exact` for entries with an exact budget and of `budgeted` for the others, in the
+    batch's order; neither is called for no entries."""
+    answers: dict[int, IndexAnswer] = {}
+    for wants_exact, answer in ((True, exact), (False, budgeted)):
+        numbers = [i for i, rows in enumerate(batch) if rows.budget.exact == wants_exact]
+        if numbers:
+            answers.update(zip(numbers, answer([batch[i] for i in numbers]), strict=True))
+    return [answers[i] for i in range(len(batch))]
+
+
+def index_answer(
+    rows: IndexRows,
+    kv: LayerKv,
+    answer: BudgetedAnswer,
+    code_bytes: Sequence[int] = (),
+    summary_bytes: int = 0,
+) -> IndexAnswer:
+    """The kernel's answer with its figures as work and its keys as positions.
+
+    `code_bytes` is what scoring one key by its code reads, for each of the layer's KV heads (none
+    if the kind has no codes); `summary_bytes` what one value summary of the tail estimate reads.
+    """
+    by_head = answer.figures.sum(axis=0)
+    figures = dict(zip(FIGURES, by_head.sum(axis=0).tolist(), strict=True))
+    heads = range(rows.kv_head_start, rows.kv_head_start + len(by_head))
+    sketched = by_head[:, FIGURES.index("sketched")]
+    code_reads = sum(int(n) * code_bytes[h] for n, h in zip(sketched, heads, strict=True) if n)
+    key_bytes = kv.keys.shape[2] * kv.keys.itemsize
+    value_bytes = kv.values.shape[2] * kv.values.itemsize
+    work = replace(
+        work_in_scope(rows, kv),
+        keys_scanned=figures["scanned"],
+        keys_sketched=figures["sketched"],
+        keys_attended=figures["attended"],
+        bytes_read=figures["scanned"] * key_bytes
+        + figures["attended"] * value_bytes
+        + code_reads
+        + figures["tail_rows"] * summary_bytes,
+    )
+    return IndexAnswer(
+        answer.partial,
+        work,
+        search_s=figures["search_ns"] * 1e-9,
+        attend_s=figures["attend_ns"] * 1e-9,
+        selected=_positions(rows.queries, answer.selected, kv.start),
+    )
+
+
+def every_position(queries: FloatArray, scope: Span, start: int) -> list[list[list[IntArray]]]:
+    """`selected` of an answer that attended all of a scope (counted from `start`)."""
+    positions = np.arange(scope.start + start, scope.stop + start, dtype=np.int64)
+    rows, heads, group, _ = queries.shape
+    return [[[positions] * group for _ in range(heads)] for _ in range(rows)]
+
+
+def _positions(
+    queries: FloatArray, selected: list[np.ndarray] | None, start: int
+) -> list[list[list[np.ndarray]]] | None:
+    if selected is None:
+        return None
+    rows, heads, group, _ = queries.shape
+    lists = iter(selected)
+    return [
+        [[next(lists).astype(np.int64) + start for _ in range(group)] for _ in range(heads)]
+        for _ in range(rows)
+    ]

@@ -1,0 +1,317 @@
+"""The native kernels, with NumPy arrays in and out.
+
+A thin face of the compiled module `retrieval_node._native`: it allocates outputs and turns domain
+types into flat arguments. Calls release the GIL and run on the module's thread pool. There is no
+fallback: without the module this file does not import, and the error says how to build it.
+
+The instruction-set tier ("scalar", "avx2", "avx512") is the best one the CPU has; the environment
+variable LONGREACH_ISA forces one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from longreach.types import (
+    STORAGE_DTYPES,
+    Budget,
+    FloatArray,
+    IntArray,
+    PartialAttention,
+    StorageArray,
+)
+
+try:
+    import retrieval_node._native as _native
+except ImportError as error:
+    raise ImportError(
+        f"the retrieval node's native module did not load ({error}). Build it with: "
+        "pip install scikit-build-core==1.1.2 nanobind==3.1.0 && "
+        "pip install --no-build-isolation -e . (needs a C++17 compiler: apt-get install g++)"
+    ) from error
+
+
+EXACT = Budget(exact=True)
+
+CODE_KEYS = 16
+"""Keys of a code block."""
+
+SUMMARY_KEYS = 64
+"""Keys of a value summary."""
+
+FIGURES = ("scanned", "sketched", "attended", "tail_rows", "search_ns", "attend_ns")
+"""Columns of BudgetedAnswer.figures: key rows read, keys scored by a code, keys in the softmax of a
+query head of the group, value summaries read; then nanoseconds of the thread that ran it."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRows:
+    """Rows that share a scope and a budget.
+
+    queries [rows, heads, group, head_dim] float32 for KV heads from `kv_head_start` on, counted
+    from the first head of the keys; `start` and `stop` bound the scope, counted from the first key.
+    `logit_floor` [rows, heads, group]: logits below which keys are dropped, unless the budget is
+    exact.
+    """
+
+    queries: FloatArray
+    kv_head_start: int
+    start: int
+    stop: int
+    budget: Budget = EXACT
+    logit_floor: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetedAnswer:
+    """Partial attention under a budget, its figures [rows, heads, len(FIGURES)], and, when asked
+    for, the kept keys (counted from the first) of each (row, head, query head), flattened."""
+
+    partial: PartialAttention
+    figures: IntArray
+    selected: list[np.ndarray] | None = None
+
+
+def isa() -> str:
+    """Name of the instruction-set tier in use."""
+    return str(_native.isa())
+
+
+def supported_isas() -> list[str]:
+    """Tiers this CPU can run, slowest first."""
+    return list(_native.supported_isas())
+
+
+def set_isa(name: str) -> None:
+    """Use the named tier from now on; ValueError if it is unknown or the CPU lacks it."""
+    _native.set_isa(name)
+
+
+def set_threads(threads: int, *, pin: bool = False) -> None:
+    """Size of the thread pool, the calling thread included; `pin` binds threads to CPUs."""
+    _native.set_threads(threads, pin)
+
+
+def threads() -> int:
+    """Size of the thread pool."""
+    return int(_native.threads())
+
+
+def attend_exact(
+    keys: StorageArray,
+    values: StorageArray,
+    batch: Sequence[KernelRows],
+    scale: float,
+    softcap: float = 0.0,
+) -> list[PartialAttention]:
+    """Exact attention over keys [kv_heads, n, head_dim] and values [kv_heads, n, value_dim].
+
+    K and V may be views whose last axis is dense. Returns output [rows, heads, group, value_dim]
+    and lse [rows, heads, group] per entry. Raises ValueError when shapes or scopes do not fit.
+    """
+    parts = [_empty(rows.queries, values.shape[-1]) for rows in batch]
+    entries = [
+        (_floats(rows.queries), rows.kv_head_start, rows.start, rows.stop, part.output, part.lse)
+        for rows, part in zip(batch, parts, strict=True)
+    ]
+    _native.attend_exact(*_storage(keys, values), entries, scale, softcap)
+    return parts
+
+
+def attend_scope(
+    keys: StorageArray,
+    values: StorageArray,
+    batch: Sequence[KernelRows],
+    scale: float,
+    softcap: float = 0.0,
+    *,
+    want_selected: bool = False,
+) -> list[BudgetedAnswer]:
+    """Each entry's budget over every key of its scope: the exact answer to the budget.
+
+    Ties at a budget's edge go to the earlier key. Raises ValueError as `attend_exact` does.
+    """
+    answers = [_empty_answer(rows, values.shape[-1]) for rows in batch]
+    lists = _native.attend_scope(
+        *_storage(keys, values), _entries(batch, answers), scale, softcap, want_selected
+    )
+    return _with_selected(answers, lists) if want_selected else answers
+
+
+def attend_candidates(
+    keys: StorageArray,
+    values: StorageArray,
+    batch: Sequence[KernelRows],
+    candidates: Sequence[tuple[IntArray, np.ndarray]],
+    scale: float,
+    softcap: float = 0.0,
+    *,
+    want_selected: bool = False,
+) -> list[BudgetedAnswer]:
+    """Each entry's budget over the keys a search proposed for each (row, head).
+
+    `candidates` holds, per entry, offsets [rows * heads + 1] int64 and ids int32: those of (row,
+    head) are ids[offsets[i]:offsets[i + 1]] with i = row * heads + head, ascending, without
+    repeats, within the scope. Every query head of the group is scored against all of them.
+    """
+    answers = [_empty_answer(rows, values.shape[-1]) for rows in batch]
+    given = [
+        (np.ascontiguousarray(offsets, np.int64), np.ascontiguousarray(ids, np.int32))
+        for offsets, ids in candidates
+    ]
+    lists = _native.attend_candidates(
+        *_storage(keys, values), _entries(batch, answers), given, scale, softcap, want_selected
+    )
+    return _with_selected(answers, lists) if want_selected else answers
+
+
+@dataclass(frozen=True, slots=True)
+class SketchCode:
+    """The sketch of one KV head, as the module reads it.
+
+    A code has 4 * `eight` dimensions of 8 bits and 8 * `four` of 4 bits; `codes` [bytes] holds them
+    in transposed blocks of 16 keys, `summaries` [ceil(n / 64), value_dim] bfloat16 bits the mean
+    value of each 64 keys. `model` float32 is, one after another: the transform [head_dim + 1,
+    head_dim] of queries (its last row is the mean key), then step, low and noise of each code
+    dimension and the variance [head_dim] of each whitened key dimension.
+    """
+
+    eight: int
+    four: int
+    codes: np.ndarray
+    summaries: np.ndarray
+    model: FloatArray
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one key's code."""
+        return 4 * (self.eight + self.four)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return int(self.codes.nbytes + self.summaries.nbytes + self.model.nbytes)
+
+
+def encode_sketch(
+    keys: StorageArray,
+    values: StorageArray,
+    eight: int,
+    four: int,
+    weights: FloatArray,
+    bias: FloatArray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and value summaries of one head's keys [n, head_dim] and values [n, value_dim].
+
+    Dimension i of a code is floor(weights[i] . key + bias[i]), clipped to its bits; weights [4 *
+    eight + 8 * four, head_dim]. Raises ValueError, naming the key, if one holds NaN or infinity.
+    """
+    n = keys.shape[0]
+    codes = np.empty(-(-n // CODE_KEYS) * CODE_KEYS * 4 * (eight + four), np.uint8)
+    summaries = np.empty((-(-n // SUMMARY_KEYS), values.shape[1]), np.uint16)
+    bad = _native.encode_sketch(
+        *_storage(keys[None], values[None]),
+        eight,
+        four,
+        _floats(weights),
+        _floats(bias),
+        codes,
+        summaries,
+    )
+    if bad >= 0:
+        raise ValueError(f"key {bad} holds NaN or infinity; a sketch needs finite keys")
+    return codes, summaries
+
+
+def attend_sketch(
+    keys: StorageArray,
+    values: StorageArray,
+    heads: Sequence[SketchCode],
+    batch: Sequence[KernelRows],
+    scale: float,
+    softcap: float = 0.0,
+    *,
+    want_selected: bool = False,
+) -> list[BudgetedAnswer]:
+    """Each entry's budget over the keys that the sketches of the layer's KV heads find.
+
+    The keys found are scored exactly before the budget applies. With a tail estimate, all keys
+    found join the softmax (what was read exactly beats its estimate) and the others stand in by
+    their codes and the mean value of their 64 keys.
+    """
+    answers = [_empty_answer(rows, values.shape[-1]) for rows in batch]
+    codes = [(head.eight, head.four, head.codes, head.summaries, head.model) for head in heads]
+    lists = _native.attend_sketch(
+        *_storage(keys, values), codes, _entries(batch, answers), scale, softcap, want_selected
+    )
+    return _with_selected(answers, lists) if want_selected else answers
+
+
+def _entries(batch: Sequence[KernelRows], answers: Sequence[BudgetedAnswer]) -> list[Any]:
+    return [
+        (
+            _floats(rows.queries),
+            rows.kv_head_start,
+            rows.start,
+            rows.stop,
+            answer.partial.output,
+            answer.partial.lse,
+            _budget(rows.budget),
+            None if rows.logit_floor is None else _floats(rows.logit_floor),
+            answer.figures,
+        )
+        for rows, answer in zip(batch, answers, strict=True)
+    ]
+
+
+def _budget(budget: Budget) -> tuple[int, int, float, int, int, float, bool]:
+    """The budget as flat numbers; the rule is 0 exact, 1 top_k, 2 mass, 3 beta."""
+    rules = (budget.exact, budget.top_k is not None, budget.mass is not None)
+    rule = rules.index(True) if any(rules) else 3
+    return (
+        rule,
+        budget.top_k or 0,
+        budget.mass or 0.0,
+        budget.floor,
+        budget.ceiling,
+        budget.beta or 0.0,
+        budget.tail_estimate,
+    )
+
+
+def _empty_answer(rows: KernelRows, value_dim: int) -> BudgetedAnswer:
+    figures = np.zeros((*rows.queries.shape[:2], len(FIGURES)), np.int64)
+    return BudgetedAnswer(_empty(rows.queries, value_dim), figures)
+
+
+def _with_selected(
+    answers: Sequence[BudgetedAnswer], lists: Sequence[list[np.ndarray]]
+) -> list[BudgetedAnswer]:
+    return [replace(answer, selected=each) for answer, each in zip(answers, lists, strict=True)]
+
+
+def _empty(queries: FloatArray, value_dim: int) -> PartialAttention:
+    leading = queries.shape[:-1]
+    return PartialAttention(
+        np.empty((*leading, value_dim), np.float32), np.empty(leading, np.float32)
+    )
+
+
+def _floats(array: FloatArray) -> FloatArray:
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _storage(keys: StorageArray, values: StorageArray) -> tuple[StorageArray, StorageArray, str]:
+    """K and V as the module reads them (16-bit floats as their bits) and their dtype's name."""
+    if keys.dtype != values.dtype or keys.dtype not in STORAGE_DTYPES:
+        raise ValueError(
+            f"keys are {keys.dtype} and values {values.dtype}; both must be one of "
+            + ", ".join(dtype.name for dtype in STORAGE_DTYPES)
+        )
+    if keys.dtype.itemsize == 2:
+        return keys.view(np.uint16), values.view(np.uint16), keys.dtype.name
+    return keys, values, keys.dtype.name

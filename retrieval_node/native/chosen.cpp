@@ -1,0 +1,158 @@
+#include "chosen.h"
+
+#include <cmath>
+#include <limits>
+
+#include "isa.h"
+
+namespace longreach {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+void apply(const Cut& cut, float* logits, int64_t count) {
+  int64_t ties = cut.ties;
+  for (int64_t i = 0; i < count; ++i) {
+    float& z = logits[i * kTile];
+    const bool keep = z > cut.threshold || (z == cut.threshold && ties-- > 0);
+    if (!keep) z = kMinusInfinity;
+  }
+}
+
+}  // namespace
+
+float HeadTask::lowest_logit(int g) const {
+  return entry->logit_floor ? entry->logit_floor[index(g)] : kMinusInfinity;
+}
+
+void ChosenAttention::reserve(const HeadTask& task, int64_t count) {
+  const int rows = task.tiles() * kTile;
+  value_dim_ = task.kv->values.dim;
+  logits_stride_ = count * kTile + kPanel;
+  logits_ = logits_memory_.reserve(task.tiles() * logits_stride_);
+  sums_ = sums_memory_.reserve(static_cast<size_t>(rows) * (value_dim_ + 2));
+  highest_ = sums_ + static_cast<int64_t>(rows) * value_dim_;
+  total_ = highest_ + rows;
+  std::fill_n(sums_, static_cast<int64_t>(rows) * value_dim_, 0.0f);
+  std::fill_n(highest_, rows, kMinusInfinity);
+  std::fill_n(total_, rows, 0.0f);
+  if (tiles_.size() < static_cast<size_t>(task.tiles())) tiles_ = std::vector<PackedTile>(task.tiles());
+}
+
+void ChosenAttention::score(const KernelTable& k, const HeadTask& task,
+                            const RowChoice& candidates) {
+  choice_ = candidates;
+  reserve(task, candidates.count);
+  const Rows keys = task.keys();
+  for (int t = 0; t < task.tiles(); ++t) {
+    const int used = std::min(kTile, task.group - t * kTile);
+    tiles_[t].pack(used, keys.dim, [&](int r) { return task.query(t * kTile + r); });
+    k.score(keys, candidates, tiles_[t].tile(), logits(t));
+    k.to_logits(logits(t), candidates.count * kTile, task.rule);
+  }
+}
+
+void ChosenAttention::cut(const HeadTask& task, const float* rest_lse) {
+  const int64_t count = choice_.count;
+  for (int g = 0; g < task.tiles() * kTile; ++g) {
+    float* column = logits(g / kTile) + g % kTile;
+    if (g >= task.group) {  // padding must not keep keys alive
+      for (int64_t i = 0; i < count; ++i) column[i * kTile] = kMinusInfinity;
+      continue;
+    }
+    float* packed = column_memory_.reserve(count);
+    bool ordered = true;
+    for (int64_t i = 0; i < count; ++i) {
+      packed[i] = column[i * kTile];
+      ordered = ordered && packed[i] == packed[i];
+    }
+    // NaN has no rank: a head that meets one keeps every key, and its output shows the NaN.
+    if (ordered)
+      apply(cut_of(task.entry->budget, packed, count, task.lowest_logit(g),
+                   rest_lse ? rest_lse[g] : kMinusInfinity),
+            column, count);
+  }
+}
+
+void ChosenAttention::list_selected(const HeadTask& task) const {
+  for (int g = 0; g < task.group; ++g) {
+    const float* column = logits(g / kTile) + g % kTile;
+    auto& list = (*task.entry->selected)[task.index(g)];
+    for (int64_t i = 0; i < choice_.count; ++i)
+      if (column[i * kTile] != kMinusInfinity) list.push_back(candidate(i));
+  }
+}
+
+void ChosenAttention::attend(const KernelTable& k, const HeadTask& task) {
+  if (task.entry->selected) list_selected(task);
+  const int64_t count = choice_.count;
+  int32_t* ids = kept_ids_.reserve(count);
+  int64_t kept = 0;
+  float* weights = kept_memory_.reserve(task.tiles() * (count * kTile + kPanel));
+  const int64_t stride = count * kTile + kPanel;
+  for (int64_t i = 0; i < count; ++i) {
+    bool any = false;
+    for (int t = 0; t < task.tiles(); ++t)
+      for (int r = 0; r < kTile; ++r) {
+        const float z = logits(t)[i * kTile + r];
+        weights[t * stride + kept * kTile + r] = z;
+        any |= z != kMinusInfinity;
+      }
+    ids[kept] = candidate(i);
+    kept += any;
+  }
+  const Rows values = task.values();
+  float rescale[kTile];
+  for (int t = 0; t < task.tiles(); ++t) {
+    k.softmax_step(weights + t * stride, kept, kTile, highest_ + t * kTile, total_ + t * kTile, rescale);
+    k.accumulate(values, {ids, 0, kept}, weights + t * stride, kTile, sums(t * kTile));
+  }
+  task.figures().attended += kept;
+}
+
+void ChosenAttention::finish(const HeadTask& task) {
+  for (int g = 0; g < task.group; ++g) {
+    const int64_t at = task.index(g);
+    float* output = task.entry->rows.output + at * value_dim_;
+    const bool seen = total_[g] != 0;
+    const float inverse = seen ? 1.0f / total_[g] : 0.0f;
+    for (int c = 0; c < value_dim_; ++c) output[c] = sums(g)[c] * inverse;
+    task.entry->rows.lse[at] = seen ? highest_[g] + std::log(total_[g]) : kMinusInfinity;
+  }
+}
+
+namespace {
+
+void attend_over(const KernelTable& k, const HeadTask& task, const RowChoice& candidates) {
+  thread_local ChosenAttention attention;
+  Stopwatch watch;
+  attention.score(k, task, candidates);
+  attention.cut(task, nullptr);
+  task.figures().scanned = candidates.count;
+  task.figures().search_ns = watch.lap();
+  attention.attend(k, task);
+  attention.finish(task);
+  task.figures().attend_ns = watch.lap();
+}
+
+}  // namespace
+
+void attend_best(const LayerKv& kv, const std::vector<BudgetedRows>& batch, const LogitRule& rule) {
+  const KernelTable& k = kernels();
+  for_each_head(kv, batch, rule, [&](const HeadTask& task, size_t) {
+    const AttentionRows& rows = task.entry->rows;
+    attend_over(k, task, {nullptr, rows.start, rows.stop - rows.start});
+  });
+}
+
+void attend_candidates(const LayerKv& kv, const std::vector<BudgetedRows>& batch,
+                       const std::vector<Candidates>& candidates, const LogitRule& rule) {
+  const KernelTable& k = kernels();
+  for_each_head(kv, batch, rule, [&](const HeadTask& task, size_t number) {
+    const Candidates& given = candidates[number];
+    const int64_t i = task.row * task.entry->rows.heads + task.head;
+    attend_over(k, task, {given.ids + given.offsets[i], 0, given.offsets[i + 1] - given.offsets[i]});
+  });
+}
+
+}  // namespace longreach

@@ -1,0 +1,243 @@
+#include "exact.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "isa.h"
+#include "query_tile.h"
+#include "thread_pool.h"
+#include "workspace.h"
+
+namespace longreach {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Query rows that share one pass over K and V. Their sums (64 x 128 floats) stay in the L2 cache.
+constexpr int64_t kRowsAtOnce = 64;
+// From this many query rows on, K and V blocks are widened once and scored by panels.
+constexpr int64_t kPanelFrom = 9;
+// Keys scored before their values are read: K and V of a block stay in the L2 cache.
+constexpr int64_t kBlock = 128;
+// A pass is cut along the keys only into pieces at least this long.
+constexpr int64_t kShortestPiece = 2048;
+
+// Query rows [first, first + count) of one KV head over keys [start, stop). Rows are flattened:
+// row r is (r / group, r % group) of the entry.
+struct Piece {
+  const AttentionRows* entry;
+  int head;
+  int64_t first;
+  int64_t count;
+  int64_t start;
+  int64_t stop;
+  float* output;  // [count, value_dim]
+  float* lse;     // [count]
+};
+
+const float* query_of(const Piece& piece, int64_t row, int dim) {
+  const AttentionRows& entry = *piece.entry;
+  const int64_t flat = piece.first + row;
+  return entry.queries + entry.index(flat / entry.group, piece.head,
+                                     static_cast<int>(flat % entry.group)) * dim;
+}
+
+// Running softmax sums of up to kRowsAtOnce rows.
+struct Sums {
+  float* acc;      // [rows, value_dim]
+  float* highest;  // [rows]
+  float* total;    // [rows]
+};
+
+void start_sums(const Sums& sums, int64_t rows, int value_dim) {
+  std::fill_n(sums.acc, rows * value_dim, 0.0f);
+  std::fill_n(sums.highest, rows, kMinusInfinity);
+  std::fill_n(sums.total, rows, 0.0f);
+}
+
+void finish_sums(const Sums& sums, const Piece& piece, int value_dim) {
+  for (int64_t r = 0; r < piece.count; ++r) {
+    const float total = sums.total[r];
+    const float inverse = total > 0 ? 1.0f / total : (total == 0 ? 0.0f : total);
+    for (int c = 0; c < value_dim; ++c)
+      piece.output[r * value_dim + c] = sums.acc[r * value_dim + c] * inverse;
+    piece.lse[r] = total == 0 ? kMinusInfinity : sums.highest[r] + std::log(total);
+  }
+}
+
+// Softmax and values of one block of scored keys for `lanes` rows starting at `row`.
+void add_block(const KernelTable& k, const Rows& values, const RowChoice& choice,
+               const LogitRule& rule, float* scores, int lanes, const Sums& sums, int64_t row) {
+  float rescale[kPanel];
+  k.to_logits(scores, choice.count * lanes, rule);
+  k.softmax_step(scores, choice.count, lanes, sums.highest + row, sums.total + row, rescale);
+  for (int r = 0; r < lanes; ++r) {
+    if (rescale[r] == 1.0f) continue;
+    float* acc = sums.acc + (row + r) * values.dim;
+    for (int c = 0; c < values.dim; ++c) acc[c] *= rescale[r];
+  }
+  k.accumulate(values, choice, scores, lanes, sums.acc + row * values.dim);
+}
+
+// Few rows: K and V are read in their storage type.
+void attend_tiles(const KernelTable& k, const Rows& keys, const Rows& values, const Piece& piece,
+                  const LogitRule& rule, float* scores, const Sums& sums) {
+  thread_local PackedTile tiles[(kPanelFrom + kTile - 2) / kTile];
+  const int64_t tile_count = (piece.count + kTile - 1) / kTile;
+  for (int64_t t = 0; t < tile_count; ++t)
+    tiles[t].pack(static_cast<int>(std::min<int64_t>(kTile, piece.count - t * kTile)), keys.dim,
+                  [&](int r) { return query_of(piece, t * kTile + r, keys.dim); });
+  for (int64_t at = piece.start; at < piece.stop; at += kBlock) {
+    const RowChoice block{nullptr, at, std::min(kBlock, piece.stop - at)};
+    for (int64_t t = 0; t < tile_count; ++t) {
+      k.score(keys, block, tiles[t].tile(), scores);
+      add_block(k, values, block, rule, scores, kTile, sums, t * kTile);
+    }
+  }
+}
+
+// Many rows: blocks are widened to float32 once, then used by every panel of rows.
+void attend_panels(const KernelTable& k, const Rows& keys, const Rows& values, const Piece& piece,
+                   const LogitRule& rule, float* scores, const Sums& sums) {
+  thread_local Workspace<float> panel_memory, wide_memory;
+  const int64_t panel_count = (piece.count + kPanel - 1) / kPanel;
+  const size_t panel_size = static_cast<size_t>(keys.dim) * kPanel;
+  float* panels = panel_memory.reserve(panel_count * panel_size);
+  std::fill_n(panels, panel_count * panel_size, 0.0f);
+  for (int64_t r = 0; r < piece.count; ++r) {
+    const float* query = query_of(piece, r, keys.dim);
+    float* panel = panels + (r / kPanel) * panel_size + r % kPanel;
+    for (int c = 0; c < keys.dim; ++c) panel[c * kPanel] = query[c];
+  }
+  float* wide_keys = wide_memory.reserve(kBlock * (keys.dim + values.dim));
+  float* wide_values = wide_keys + kBlock * keys.dim;
+  const Rows block_values{wide_values, Storage::kFloat32, values.dim, values.dim};
+  for (int64_t at = piece.start; at < piece.stop; at += kBlock) {
+    const int64_t count = std::min(kBlock, piece.stop - at);
+    k.widen(keys, at, count, wide_keys);
+    k.widen(values, at, count, wide_values);
+    for (int64_t p = 0; p < panel_count; ++p) {
+      k.score_panel(wide_keys, count, keys.dim, panels + p * panel_size, scores);
+      add_block(k, block_values, {nullptr, 0, count}, rule, scores, kPanel, sums, p * kPanel);
+    }
+  }
+}
+
+void attend_piece(const KernelTable& k, const LayerKv& kv, const Piece& piece,
+                  const LogitRule& rule) {
+  thread_local Workspace<float> memory;
+  const int head = piece.entry->head_start + piece.head;
+  const Rows keys = kv.keys_of(head);
+  const Rows values = kv.values_of(head);
+  const int64_t rows = (piece.count + kPanel - 1) / kPanel * kPanel;
+  float* scores = memory.reserve(kBlock * kPanel + kPanel + rows * (values.dim + 2));
+  const Sums sums{scores + kBlock * kPanel + kPanel, scores + kBlock * kPanel + kPanel + rows * values.dim,
+                  scores + kBlock * kPanel + kPanel + rows * (values.dim + 1)};
+  start_sums(sums, rows, values.dim);
+  const auto attend = piece.count < kPanelFrom ? attend_tiles : attend_panels;
+  attend(k, keys, values, piece, rule, scores, sums);
+  finish_sums(sums, piece, values.dim);
+}
+
+// All pieces of a batch. Piece outputs are dense in `memory`, a run of `cuts` pieces along the keys
+// for each (entry, head, row tile), in order.
+struct Plan {
+  std::vector<Piece> pieces;
+  std::vector<int> cuts;  // pieces along the keys of each run
+  size_t memory_floats = 0;
+};
+
+int64_t runs_of(const AttentionRows& entry) {
+  return entry.heads * ((entry.rows * entry.group + kRowsAtOnce - 1) / kRowsAtOnce);
+}
+
+Plan plan_pieces(const std::vector<AttentionRows>& batch, int value_dim, int threads) {
+  int64_t runs = 0;
+  for (const auto& entry : batch) runs += runs_of(entry);
+  const int64_t wanted = runs >= threads ? 1 : (2 * threads + runs - 1) / std::max<int64_t>(1, runs);
+  Plan plan;
+  for (const auto& entry : batch) {
+    const int64_t flat_rows = entry.rows * entry.group;
+    const int64_t length = entry.stop - entry.start;
+    const int64_t cuts = std::clamp<int64_t>(length / kShortestPiece, 1, wanted);
+    const int64_t step = ((length + cuts - 1) / cuts + kBlock - 1) / kBlock * kBlock;
+    for (int head = 0; head < entry.heads; ++head)
+      for (int64_t first = 0; first < flat_rows; first += kRowsAtOnce) {
+        const int64_t count = std::min(kRowsAtOnce, flat_rows - first);
+        int made = 0;
+        for (int64_t at = entry.start; made == 0 || at < entry.stop; at += step, ++made) {
+          plan.pieces.push_back({&entry, head, first, count, at,
+                                 std::min(entry.stop, at + step), nullptr, nullptr});
+          plan.memory_floats += static_cast<size_t>(count) * (value_dim + 1);
+        }
+        plan.cuts.push_back(made);
+      }
+  }
+  return plan;
+}
+
+// Merges the pieces of one run by log-sum-exp into the entry's output.
+void merge_run(const Piece* pieces, int cuts, int value_dim) {
+  const AttentionRows& entry = *pieces->entry;
+  for (int64_t r = 0; r < pieces->count; ++r) {
+    const int64_t flat = pieces->first + r;
+    const int64_t at = entry.index(flat / entry.group, pieces->head,
+                                   static_cast<int>(flat % entry.group));
+    float* output = entry.output + at * value_dim;
+    float highest = kMinusInfinity;
+    for (int p = 0; p < cuts; ++p)  // NaN wins, so that a NaN key is not hidden
+      if (!(pieces[p].lse[r] <= highest)) highest = pieces[p].lse[r];
+    std::fill_n(output, value_dim, 0.0f);
+    entry.lse[at] = highest;
+    if (highest == kMinusInfinity) continue;
+    float total = 0;
+    for (int p = 0; p < cuts; ++p) {
+      const float weight = std::exp(pieces[p].lse[r] - highest);
+      total += weight;
+      for (int c = 0; c < value_dim; ++c) output[c] += weight * pieces[p].output[r * value_dim + c];
+    }
+    for (int c = 0; c < value_dim; ++c) output[c] /= total;
+    entry.lse[at] = highest + std::log(total);
+  }
+}
+
+}  // namespace
+
+Rows LayerKv::keys_of(int head) const {
+  Rows rows = keys;
+  rows.data = static_cast<const char*>(keys.data) + head * key_head_stride * item_bytes(keys.type);
+  return rows;
+}
+
+Rows LayerKv::values_of(int head) const {
+  Rows rows = values;
+  rows.data =
+      static_cast<const char*>(values.data) + head * value_head_stride * item_bytes(values.type);
+  return rows;
+}
+
+void attend_exact(const LayerKv& kv, const std::vector<AttentionRows>& batch,
+                  const LogitRule& rule) {
+  thread_local Workspace<float> memory;
+  const KernelTable& k = kernels();
+  const auto pool = shared_pool();
+  const int value_dim = kv.values.dim;
+  Plan plan = plan_pieces(batch, value_dim, pool->threads());
+  float* free_floats = memory.reserve(plan.memory_floats);
+  for (auto& piece : plan.pieces) {
+    piece.output = free_floats;
+    piece.lse = free_floats + piece.count * value_dim;
+    free_floats = piece.lse + piece.count;
+  }
+  pool->run(static_cast<int>(plan.pieces.size()),
+            [&](int i) { attend_piece(k, kv, plan.pieces[i], rule); });
+  const Piece* run = plan.pieces.data();
+  for (const int cuts : plan.cuts) {
+    merge_run(run, cuts, value_dim);
+    run += cuts;
+  }
+}
+
+}  // namespace longreach

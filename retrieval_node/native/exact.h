@@ -1,0 +1,46 @@
+// Exact partial attention of many rows over the KV heads of one layer.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace longreach {
+
+// K and V of one layer: head h starts `key_head_stride * h` elements after `keys`.
+struct LayerKv {
+  Rows keys;
+  Rows values;
+  int64_t key_head_stride;
+  int64_t value_head_stride;
+  int kv_heads;
+  int64_t count;  // keys of a head
+
+  Rows keys_of(int head) const;
+  Rows values_of(int head) const;
+};
+
+// Rows that share a scope. queries [rows, heads, group, head_dim], output [rows, heads, group,
+// value_dim] and lse [rows, heads, group] are dense; heads begin at KV head `head_start`; the scope
+// [start, stop) counts keys of the layer from 0.
+struct AttentionRows {
+  const float* queries;
+  int64_t rows;
+  int heads;
+  int group;
+  int head_start;
+  int64_t start;
+  int64_t stop;
+  float* output;
+  float* lse;
+
+  // Offset of (row, head, g) in the dense [rows, heads, group] order.
+  int64_t index(int64_t row, int head, int g) const { return (row * heads + head) * group + g; }
+};
+
+// Fills output and lse of every entry. Every K and V row is read from memory once for up to
+// kRowsAtOnce query rows. Deterministic for a given pool size.
+void attend_exact(const LayerKv& kv, const std::vector<AttentionRows>& batch, const LogitRule& rule);
+
+}  // namespace longreach

@@ -1,0 +1,49 @@
+// Packs queries the way the kernels read them.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+#include "workspace.h"
+
+namespace longreach {
+
+// Owns the memory of one QueryTile.
+class PackedTile {
+ public:
+  // Packs `rows` <= kTile queries of `dim` elements; query r starts at `at(r)`.
+  template <class At>
+  const QueryTile& pack(int rows, int dim, At at) {
+    const int stride = padded_dim(dim);
+    const size_t count = static_cast<size_t>(kTile) * stride;
+    float* wide = wide_.reserve(count);
+    uint16_t* high = halves_.reserve(2 * count);
+    uint16_t* low = high + count;
+    std::memset(wide, 0, count * sizeof(float));
+    std::memset(high, 0, 2 * count * sizeof(uint16_t));
+    bool low_is_zero = true;
+    for (int r = 0; r < rows; ++r) {
+      const float* query = at(r);
+      for (int c = 0; c < dim; ++c) {
+        const size_t i = static_cast<size_t>(r) * stride + c;
+        wide[i] = query[c];
+        high[i] = bfloat16_bits(query[c]);
+        const float rest = query[c] - to_float(Bfloat16{high[i]});
+        low[i] = bfloat16_bits(rest);
+        low_is_zero = low_is_zero && rest == 0;
+      }
+    }
+    tile_ = {wide, high, low, low_is_zero, stride};
+    return tile_;
+  }
+
+  const QueryTile& tile() const { return tile_; }
+
+ private:
+  Workspace<float> wide_;
+  Workspace<uint16_t> halves_;
+  QueryTile tile_{};
+};
+
+}  // namespace longreach

@@ -1,0 +1,121 @@
+#include <cmath>
+#include <limits>
+
+#include "head_tasks.h"
+#include "isa.h"
+#include "sketch.h"
+#include "sketch_search.h"
+
+namespace longreach {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+// Under a tail estimate, candidates this far (in logits) below every head's best are not worth
+// reading their value: they join the tail of their summary.
+constexpr float kVisible = 9.0f;
+// Summaries whose weight is below this share of the total for every head are not read; their mass
+// still counts.
+constexpr float kNegligible = 2e-6f;
+
+// Moves barely visible candidates to the tail. Those outside whole summaries stay.
+void demote_faint(const HeadTask& task, SketchSearch& search, ChosenAttention& attention) {
+  float lowest[kCodeHeads];
+  const int64_t count = attention.candidates();
+  for (int g = 0; g < task.group; ++g) {
+    const float* column = attention.logits(g / kTile) + g % kTile;
+    float top = kMinusInfinity;
+    for (int64_t i = 0; i < count; ++i) top = std::fmax(top, column[i * kTile]);
+    lowest[g] = top - kVisible;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t summary = attention.candidate(i) / kSummaryKeys;
+    bool visible = summary < search.first_summary() || summary >= search.stop_summary();
+    for (int g = 0; g < task.group; ++g)
+      visible = visible || !(attention.logits(g / kTile)[i * kTile + g % kTile] < lowest[g]);
+    if (visible) continue;
+    for (int g = 0; g < task.group; ++g) {
+      float& z = attention.logits(g / kTile)[i * kTile + g % kTile];
+      search.tail_sum(summary, g) += std::exp(z - search.reference(g));
+      z = kMinusInfinity;
+    }
+  }
+}
+
+// Adds the tail: each summary's mean value with the weight of its keys that were not attended. The
+// sketch's error has variance r, so exp(logit) is exp(r / 2) times that of the code on average.
+void add_tail(const KernelTable& k, const SketchHead& sketch, const HeadTask& task,
+              SketchSearch& search, ChosenAttention& attention) {
+  thread_local Workspace<float> memory;
+  thread_local Workspace<int32_t> ids_memory;
+  const int64_t summaries = search.stop_summary() - search.first_summary();
+  const int64_t tile_floats = summaries * kTile;
+  float* weights = memory.reserve(task.tiles() * tile_floats);
+  int32_t* ids = ids_memory.reserve(summaries);
+  float factor[kCodeHeads] = {}, least[kCodeHeads] = {};
+  for (int g = 0; g < task.group; ++g) {
+    if (attention.highest(g) == kMinusInfinity) attention.highest(g) = search.reference(g);
+    factor[g] = std::exp(search.reference(g) + 0.5f * search.queries().residual[g] - attention.highest(g));
+    least[g] = kNegligible * attention.total(g);
+  }
+  int64_t kept = 0;
+  for (int64_t i = 0; i < summaries; ++i) {
+    const float* sums = &search.tail_sum(search.first_summary() + i, 0);
+    bool matters = false;
+    for (int g = 0; g < task.group; ++g) {
+      const float weight = sums[g] * factor[g];
+      weights[g / kTile * tile_floats + kept * kTile + g % kTile] = weight;
+      attention.total(g) += weight;
+      matters = matters || weight > least[g];
+    }
+    for (int g = task.group; g < task.tiles() * kTile; ++g)
+      weights[g / kTile * tile_floats + kept * kTile + g % kTile] = 0;
+    ids[kept] = static_cast<int32_t>(search.first_summary() + i);
+    kept += matters;
+  }
+  for (int t = 0; t < task.tiles(); ++t)
+    k.accumulate(sketch.summaries, {ids, 0, kept}, weights + t * tile_floats, kTile,
+                 attention.sums(t * kTile));
+  task.figures().tail_rows += kept;
+}
+
+void attend_heads(const KernelTable& k, const SketchHead& sketch, const HeadTask& task) {
+  thread_local SketchSearch search;
+  thread_local ChosenAttention attention;
+  Stopwatch watch;
+  HeadFigures& figures = task.figures();
+  search.run(k, sketch, task);
+  attention.score(k, task, search.candidates());
+  const bool estimate = task.entry->budget.tail_estimate && !search.everything();
+  float rest[kCodeHeads];
+  for (int g = 0; g < task.group; ++g) rest[g] = search.rest_lse(g);
+  // What was read exactly is better than its estimate, so with a tail estimate it all joins.
+  if (estimate)
+    demote_faint(task, search, attention);
+  else
+    attention.cut(task, rest);
+  figures.sketched += search.keys_sketched();
+  figures.scanned += search.candidates().count;
+  figures.search_ns += watch.lap();
+  attention.attend(k, task);
+  if (estimate) add_tail(k, sketch, task, search, attention);
+  attention.finish(task);
+  figures.attend_ns += watch.lap();
+}
+
+}  // namespace
+
+void attend_sketch(const LayerKv& kv, const std::vector<SketchHead>& heads,
+                   const std::vector<BudgetedRows>& batch, const LogitRule& rule) {
+  const KernelTable& k = kernels();
+  for_each_head(kv, batch, rule, [&](const HeadTask& task, size_t) {
+    // Larger groups are searched kCodeHeads query heads at a time.
+    for (int first = 0; first < task.group; first += kCodeHeads) {
+      HeadTask part = task;
+      part.first = first;
+      part.group = std::min(kCodeHeads, task.group - first);
+      attend_heads(k, heads[task.entry->rows.head_start + task.head], part);
+    }
+  });
+}
+
+}  // namespace longreach

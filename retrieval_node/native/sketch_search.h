@@ -1,0 +1,72 @@
+// Finds the keys of a scope that a budget needs, by their codes.
+#pragma once
+
+#include <vector>
+
+#include "sketch_queries.h"
+
+namespace longreach {
+
+// The search of one row of one KV head; a thread reuses one for all its tasks.
+class SketchSearch {
+ public:
+  // Fills candidates() for task.group <= kCodeHeads query heads. With a tail estimate or a mass
+  // budget, also the tail sums of the keys that are no candidates.
+  void run(const KernelTable& k, const SketchHead& sketch, const HeadTask& task);
+
+  // Ascending. All keys of the scope when it is short or the budget wants much of it.
+  RowChoice candidates() const { return candidates_; }
+  bool everything() const { return candidates_.ids == nullptr; }
+  int64_t keys_sketched() const { return sketched_; }
+
+  // Whole summaries [first, stop) within the scope. Keys of the scope outside them are candidates.
+  int64_t first_summary() const { return first_; }
+  int64_t stop_summary() const { return stop_; }
+
+  // For a summary and a head: sum of exp(logit - reference(head)) of its keys that are no
+  // candidates, by their codes. May be added to.
+  float& tail_sum(int64_t summary, int head) {
+    return tail_sums_[(summary - first_) * kCodeHeads + head];
+  }
+  float reference(int head) const { return tail_.reference[head]; }
+  const SketchQueries& queries() const { return queries_; }
+
+  // Log of the estimated attention mass of the keys that are no candidates.
+  float rest_lse(int head) const;
+
+ private:
+  void take_everything(const HeadTask& task);
+  void sample(const KernelTable& k, const SketchHead& sketch, int64_t wanted);
+  // Sample scores of a head, copied to where they may be reordered.
+  float* sampled_scores(int head);
+  void set_bars(const KernelTable& k, const HeadTask& task, double widening);
+  int32_t bar_for_count(int head, double wanted);
+  int32_t bar_for_mass(const KernelTable& k, const HeadTask& task, int head, double mass);
+  int32_t bar_for_beta(int head, float beta, int32_t highest) const;
+  void raise_to_floor(const HeadTask& task);
+  void scan(const KernelTable& k, const SketchHead& sketch, const HeadTask& task);
+  bool enough(const HeadTask& task);
+  void trim(const HeadTask& task);
+  void drop_below_bars();
+  void add_edges(const HeadTask& task);
+  int64_t hits_above_bar(int head) const;
+  // Weights exp(logit - reference) of the hits, in column_; returns their sum.
+  double hit_weights(int head);
+  double tail_total(int head) const;
+  float logit_of(int head, int32_t score) const;
+
+  RowChoice candidates_{};
+  int64_t sketched_ = 0;
+  int64_t first_ = 0, stop_ = 0;
+  SketchQueries queries_{};
+  CodeTail tail_{};
+  CodeHits hits_{};
+  int64_t sampled_ = 0;
+  int32_t bars_[kCodeHeads] = {};
+  bool floored_[kCodeHeads] = {};
+  Workspace<int32_t> ids_, scores_, sample_scores_;
+  Workspace<float> column_, tail_memory_;
+  float* tail_sums_ = nullptr;  // null when no tail is needed
+};
+
+}  // namespace longreach

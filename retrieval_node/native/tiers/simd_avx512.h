@@ -1,0 +1,72 @@
+// AVX-512 (F, BW, DQ, VL, VNNI, BF16) vectors of sixteen floats.
+#pragma once
+
+#include <immintrin.h>
+
+#include "storage.h"
+
+namespace longreach {
+namespace avx512 {
+
+struct Simd {
+  using F = __m512;
+  static constexpr int kWidth = 16;
+  static constexpr int kValueVectors = 4;  // 4 rows x 4 vectors of sums
+  static constexpr int kPanelKeys = 8;     // 8 keys x 1 vector of 16 rows
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F all(float x) { return _mm512_set1_ps(x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F negated_fma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+  // The second operand wins if either is NaN.
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // x * 2^n for whole n.
+  static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
+  // x where `value` >= limit or NaN, else 0.
+  static F zero_below(F x, F value, F limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(value, limit, _CMP_NLT_UQ), x);
+  }
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F load(const Bfloat16* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // The first `count` < kWidth elements, then zeros; reads nothing beyond them.
+  static F load_part(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
+  static F load_part(const Half* p, int count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
+  }
+  static F load_part(const Bfloat16* p, int count) {
+    return widen(_mm256_maskz_loadu_epi16(first(count), p));
+  }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static void store_part(float* p, F x, int count) { _mm512_mask_storeu_ps(p, first(count), x); }
+  // out[j] = sum of the lanes of the j-th argument.
+  static void sum4(F a, F b, F c, F d, float* out) {
+    const __m256 ab = _mm256_hadd_ps(halved(a), halved(b));
+    const __m256 cd = _mm256_hadd_ps(halved(c), halved(d));
+    const __m256 pairs = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+  }
+
+ private:
+  static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+  static F widen(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static __m256 halved(F x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  }
+};
+
+}  // namespace avx512
+}  // namespace longreach

@@ -1,0 +1,331 @@
+// The kernels of the vector tiers, written once over a Simd type.
+//
+// Include only from a tier's own file. Everything is a template over the tier's Simd type, so that
+// code compiled with one tier's flags never stands in for another's; for the same reason no
+// standard-library function that might not be inlined is called here.
+#pragma once
+
+#include "kernels.h"
+
+namespace longreach {
+namespace vector {
+
+// Rows ahead to prefetch: contiguous rows (the hardware prefetcher helps), gathered rows.
+constexpr int64_t kStreamAhead = 16;
+constexpr int64_t kGatherAhead = 16;
+
+template <class S>
+inline int64_t row_index(const RowChoice& choice, int64_t i) {
+  return choice.ids ? choice.ids[i] : choice.first + i;
+}
+
+template <class S, class T>
+inline void prefetch_row(const Rows& rows, int64_t index) {
+  const char* p = reinterpret_cast<const char*>(rows.row<T>(index));
+  for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64) __builtin_prefetch(p + at);
+}
+
+// Prefetches the row that will be read a little after row i.
+template <class S, class T>
+inline void prefetch_ahead(const Rows& rows, const RowChoice& choice, int64_t i) {
+  if (!choice.ids)
+    prefetch_row<S, T>(rows, choice.first + i + kStreamAhead);
+  else if (i + kGatherAhead < choice.count)
+    prefetch_row<S, T>(rows, choice.ids[i + kGatherAhead]);
+}
+
+template <class S, class T>
+inline void prefetch_first(const Rows& rows, const RowChoice& choice) {
+  if (!choice.ids) return;
+  for (int64_t i = 0; i < choice.count && i < kGatherAhead; ++i)
+    prefetch_row<S, T>(rows, choice.ids[i]);
+}
+
+// ---- scores -------------------------------------------------------------------------------------
+
+template <class S, class T>
+inline void score_key(const T* key, int dim, const QueryTile& queries, float* scores) {
+  typename S::F sums[kTile];
+  for (int r = 0; r < kTile; ++r) sums[r] = S::zero();
+  int c = 0;
+  for (; c + S::kWidth <= dim; c += S::kWidth) {
+    const auto x = S::load(key + c);
+    for (int r = 0; r < kTile; ++r)
+      sums[r] = S::fma(S::load(queries.wide + r * queries.stride + c), x, sums[r]);
+  }
+  if (c < dim) {  // the tile is zero-padded, so whole vectors of it may be read
+    const auto x = S::load_part(key + c, dim - c);
+    for (int r = 0; r < kTile; ++r)
+      sums[r] = S::fma(S::load(queries.wide + r * queries.stride + c), x, sums[r]);
+  }
+  S::sum4(sums[0], sums[1], sums[2], sums[3], scores);
+}
+
+template <class S, class T>
+void score_typed(const Rows& keys, const RowChoice& choice, const QueryTile& queries, float* scores) {
+  prefetch_first<S, T>(keys, choice);
+  for (int64_t i = 0; i < choice.count; ++i) {
+    prefetch_ahead<S, T>(keys, choice, i);
+    score_key<S, T>(keys.row<T>(row_index<S>(choice, i)), keys.dim, queries, scores + i * kTile);
+  }
+}
+
+template <class S>
+void score(const Rows& keys, const RowChoice& choice, const QueryTile& queries, float* scores) {
+  switch (keys.type) {
+    case Storage::kFloat32: return score_typed<S, float>(keys, choice, queries, scores);
+    case Storage::kFloat16: return score_typed<S, Half>(keys, choice, queries, scores);
+    case Storage::kBfloat16: return score_typed<S, Bfloat16>(keys, choice, queries, scores);
+  }
+}
+
+// `Keys` keys against a panel: an outer product per element of the head.
+template <class S, int Keys>
+inline void score_panel_block(const float* keys, int dim, const float* panel, float* scores) {
+  constexpr int kVectors = kPanel / S::kWidth;
+  typename S::F sums[Keys][kVectors];
+  for (int i = 0; i < Keys; ++i)
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = S::zero();
+  for (int c = 0; c < dim; ++c) {
+    typename S::F queries[kVectors];
+    for (int v = 0; v < kVectors; ++v) queries[v] = S::load(panel + c * kPanel + v * S::kWidth);
+    for (int i = 0; i < Keys; ++i) {
+      const auto x = S::all(keys[i * dim + c]);
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = S::fma(x, queries[v], sums[i][v]);
+    }
+  }
+  for (int i = 0; i < Keys; ++i)
+    for (int v = 0; v < kVectors; ++v) S::store(scores + i * kPanel + v * S::kWidth, sums[i][v]);
+}
+
+template <class S>
+void score_panel(const float* keys, int64_t count, int dim, const float* panel, float* scores) {
+  int64_t i = 0;
+  for (; i + S::kPanelKeys <= count; i += S::kPanelKeys)
+    score_panel_block<S, S::kPanelKeys>(keys + i * dim, dim, panel, scores + i * kPanel);
+  for (; i < count; ++i) score_panel_block<S, 1>(keys + i * dim, dim, panel, scores + i * kPanel);
+}
+
+// ---- softmax ------------------------------------------------------------------------------------
+
+// exp(x) to 2e-7 relative for x <= 88; exactly 0 below -87. NaN stays NaN.
+template <class S>
+inline typename S::F exponential(typename S::F x) {
+  using F = typename S::F;
+  const F lowest = S::all(-87.0f);
+  const F bounded = S::max(lowest, x);
+  const F n = S::round(S::mul(bounded, S::all(1.44269504088896341f)));
+  F f = S::negated_fma(n, S::all(0.693359375f), bounded);  // ln 2 in two parts
+  f = S::negated_fma(n, S::all(-2.12194440e-4f), f);
+  F p = S::all(1.9875691500e-4f);  // Cephes expf
+  p = S::fma(p, f, S::all(1.3981999507e-3f));
+  p = S::fma(p, f, S::all(8.3334519073e-3f));
+  p = S::fma(p, f, S::all(4.1665795894e-2f));
+  p = S::fma(p, f, S::all(1.6666665459e-1f));
+  p = S::fma(p, f, S::all(5.0000001201e-1f));
+  p = S::fma(S::mul(f, f), p, S::add(f, S::all(1.0f)));
+  return S::zero_below(S::scale2(p, n), x, lowest);
+}
+
+// softcap * tanh(x / softcap), through exp(2x) of the bounded argument.
+template <class S>
+inline typename S::F capped(typename S::F x, float softcap) {
+  using F = typename S::F;
+  const F one = S::all(1.0f);
+  F t = S::mul(x, S::all(2.0f / softcap));
+  t = S::max(S::all(-40.0f), S::min(S::all(40.0f), t));
+  const F e = exponential<S>(t);
+  return S::mul(S::all(softcap), S::div(S::sub(e, one), S::add(e, one)));
+}
+
+template <class S>
+void to_logits(float* scores, int64_t count, const LogitRule& rule) {
+  const auto scale = S::all(rule.scale);
+  for (int64_t i = 0; i < count; i += S::kWidth) {
+    const bool whole = i + S::kWidth <= count;
+    const int left = static_cast<int>(count - i);
+    auto x = S::mul(whole ? S::load(scores + i) : S::load_part(scores + i, left), scale);
+    if (rule.softcap > 0) x = capped<S>(x, rule.softcap);
+    if (whole)
+      S::store(scores + i, x);
+    else
+      S::store_part(scores + i, x, left);
+  }
+}
+
+// Vectors hold the lanes over and over, so a lane's sum lies kWidth / lanes places apart, or the
+// lanes need several vectors. Folds `vectors` into `out[lanes]` with `combine`.
+template <class S, class Combine>
+inline void fold_lanes(const typename S::F* vectors, int count, int lanes, float* out,
+                       Combine combine) {
+  float places[kPanel * 2];
+  for (int v = 0; v < count; ++v) S::store(places + v * S::kWidth, vectors[v]);
+  for (int i = 0; i < count * S::kWidth; ++i) out[i % lanes] = combine(out[i % lanes], places[i]);
+}
+
+template <class S, int Lanes>
+void softmax_step_lanes(float* logits, int64_t count, float* highest, float* total, float* rescale) {
+  using F = typename S::F;
+  constexpr int kVectors = Lanes > S::kWidth ? Lanes / S::kWidth : 1;
+  constexpr int kStep = kVectors * S::kWidth;
+  const float infinity = __builtin_inff();
+  const int64_t used = count * Lanes;
+  const int64_t padded = (used + kStep - 1) / kStep * kStep;
+  for (int64_t i = used; i < padded; ++i) logits[i] = -infinity;
+
+  F tops[kVectors];
+  for (int v = 0; v < kVectors; ++v) tops[v] = S::all(-infinity);
+  for (int64_t i = 0; i < padded; i += kStep)
+    for (int v = 0; v < kVectors; ++v)
+      tops[v] = S::max(S::load(logits + i + v * S::kWidth), tops[v]);
+  float top[Lanes], shift[kStep], sums[Lanes];
+  for (int r = 0; r < Lanes; ++r) top[r] = highest[r];
+  fold_lanes<S>(tops, kVectors, Lanes, top, [](float a, float b) { return a > b ? a : b; });
+  for (int i = 0; i < kStep; ++i) {
+    const float t = top[i % Lanes];
+    shift[i] = t == -infinity || t == infinity ? 0.0f : t;
+  }
+
+  F shifts[kVectors], partial[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    shifts[v] = S::load(shift + v * S::kWidth);
+    partial[v] = S::zero();
+  }
+  for (int64_t i = 0; i < padded; i += kStep)
+    for (int v = 0; v < kVectors; ++v) {
+      float* p = logits + i + v * S::kWidth;
+      const F e = exponential<S>(S::sub(S::load(p), shifts[v]));
+      S::store(p, e);
+      partial[v] = S::add(partial[v], e);
+    }
+  for (int r = 0; r < Lanes; ++r) sums[r] = 0;
+  fold_lanes<S>(partial, kVectors, Lanes, sums, [](float a, float b) { return a + b; });
+  for (int r = 0; r < Lanes; ++r) {
+    rescale[r] = top[r] == highest[r] ? 1.0f : __builtin_expf(highest[r] - shift[r]);
+    total[r] = total[r] * rescale[r] + sums[r];
+    highest[r] = top[r];
+  }
+}
+
+template <class S>
+void softmax_step(float* logits, int64_t count, int lanes, float* highest, float* total,
+                  float* rescale) {
+  if (lanes == kTile)
+    softmax_step_lanes<S, kTile>(logits, count, highest, total, rescale);
+  else
+    softmax_step_lanes<S, kPanel>(logits, count, highest, total, rescale);
+}
+
+// ---- values -------------------------------------------------------------------------------------
+
+// Four rows of sums over `Vectors` vectors of the value, for all keys of the choice.
+template <class S, class T, int Vectors>
+inline void accumulate_columns(const Rows& values, const RowChoice& choice, const float* weights,
+                               int lanes, int column, bool prefetch, float* acc) {
+  typename S::F sums[kTile][Vectors];
+  for (int r = 0; r < kTile; ++r)
+    for (int v = 0; v < Vectors; ++v)
+      sums[r][v] = S::load(acc + r * values.dim + column + v * S::kWidth);
+  for (int64_t i = 0; i < choice.count; ++i) {
+    if (prefetch) prefetch_ahead<S, T>(values, choice, i);
+    const T* value = values.row<T>(row_index<S>(choice, i)) + column;
+    typename S::F x[Vectors];
+    for (int v = 0; v < Vectors; ++v) x[v] = S::load(value + v * S::kWidth);
+    for (int r = 0; r < kTile; ++r) {
+      const auto weight = S::all(weights[i * lanes + r]);
+      for (int v = 0; v < Vectors; ++v) sums[r][v] = S::fma(weight, x[v], sums[r][v]);
+    }
+  }
+  for (int r = 0; r < kTile; ++r)
+    for (int v = 0; v < Vectors; ++v)
+      S::store(acc + r * values.dim + column + v * S::kWidth, sums[r][v]);
+}
+
+// The last columns, fewer than a vector.
+template <class S, class T>
+inline void accumulate_rest(const Rows& values, const RowChoice& choice, const float* weights,
+                            int lanes, int column, float* acc) {
+  const int left = values.dim - column;
+  typename S::F sums[kTile];
+  for (int r = 0; r < kTile; ++r) sums[r] = S::load_part(acc + r * values.dim + column, left);
+  for (int64_t i = 0; i < choice.count; ++i) {
+    const auto x = S::load_part(values.row<T>(row_index<S>(choice, i)) + column, left);
+    for (int r = 0; r < kTile; ++r) sums[r] = S::fma(S::all(weights[i * lanes + r]), x, sums[r]);
+  }
+  for (int r = 0; r < kTile; ++r) S::store_part(acc + r * values.dim + column, sums[r], left);
+}
+
+template <class S, class T>
+void accumulate_typed(const Rows& values, const RowChoice& choice, const float* weights, int lanes,
+                      float* acc) {
+  prefetch_first<S, T>(values, choice);
+  for (int r = 0; r < lanes; r += kTile) {
+    const float* w = weights + r;
+    float* sums = acc + r * values.dim;
+    const auto first = [&](int column) { return r == 0 && column == 0; };
+    int column = 0;
+    for (; column + S::kValueVectors * S::kWidth <= values.dim; column += S::kValueVectors * S::kWidth)
+      accumulate_columns<S, T, S::kValueVectors>(values, choice, w, lanes, column, first(column), sums);
+    for (; column + S::kWidth <= values.dim; column += S::kWidth)
+      accumulate_columns<S, T, 1>(values, choice, w, lanes, column, first(column), sums);
+    if (column < values.dim) accumulate_rest<S, T>(values, choice, w, lanes, column, sums);
+  }
+}
+
+template <class S>
+void accumulate(const Rows& values, const RowChoice& choice, const float* weights, int lanes,
+                float* acc) {
+  switch (values.type) {
+    case Storage::kFloat32: return accumulate_typed<S, float>(values, choice, weights, lanes, acc);
+    case Storage::kFloat16: return accumulate_typed<S, Half>(values, choice, weights, lanes, acc);
+    case Storage::kBfloat16:
+      return accumulate_typed<S, Bfloat16>(values, choice, weights, lanes, acc);
+  }
+}
+
+// ---- widening -----------------------------------------------------------------------------------
+
+template <class S, class T>
+void widen_typed(const Rows& rows, int64_t first, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i, out += rows.dim) {
+    const T* row = rows.row<T>(first + i);
+    prefetch_row<S, T>(rows, first + i + kStreamAhead);
+    int c = 0;
+    for (; c + S::kWidth <= rows.dim; c += S::kWidth) S::store(out + c, S::load(row + c));
+    if (c < rows.dim) S::store_part(out + c, S::load_part(row + c, rows.dim - c), rows.dim - c);
+  }
+}
+
+template <class S>
+void widen(const Rows& rows, int64_t first, int64_t count, float* out) {
+  switch (rows.type) {
+    case Storage::kFloat32: return widen_typed<S, float>(rows, first, count, out);
+    case Storage::kFloat16: return widen_typed<S, Half>(rows, first, count, out);
+    case Storage::kBfloat16: return widen_typed<S, Bfloat16>(rows, first, count, out);
+  }
+}
+
+// ---- number of heads as a compile-time constant -------------------------------------------------
+
+template <int Value>
+struct Heads {
+  static constexpr int kValue = Value;
+};
+
+// Calls body(Heads<heads>{}) for heads in [1, kCodeHeads].
+template <class Body>
+inline void with_heads(int heads, Body body) {
+  switch (heads) {
+    case 1: return body(Heads<1>{});
+    case 2: return body(Heads<2>{});
+    case 3: return body(Heads<3>{});
+    case 4: return body(Heads<4>{});
+    case 5: return body(Heads<5>{});
+    case 6: return body(Heads<6>{});
+    case 7: return body(Heads<7>{});
+    case 8: return body(Heads<8>{});
+  }
+}
+
+}  // namespace vector
+}  // namespace longreach

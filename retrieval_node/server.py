@@ -1,0 +1,216 @@
+"""The gRPC face of a retrieval node: decode, call the store, encode. Nothing else."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+
+from longreach import wire
+from longreach.errors import Internal, InvalidRequest, LongreachError, Unavailable
+from longreach.rpc.channels import server_options
+from longreach.rpc.health import Readiness, serve_health
+from longreach.rpc.status import map_errors
+from longreach.types import AttendResult, AttendRows
+from longreach.v1 import retrieval_pb2 as pb
+from longreach.v1.retrieval_pb2_grpc import (
+    RetrievalServiceServicer,
+    add_RetrievalServiceServicer_to_server,
+)
+from retrieval_node.attend import Attended
+from retrieval_node.store import PutStream, Store
+
+_LOG = logging.getLogger(__name__)
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
+
+
+class RetrievalServer(RetrievalServiceServicer):
+    """Answers the RPCs of a node from its store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @map_errors
+    def Put(  # noqa: N802
+        self, request_iterator: Iterator[pb.PutRequest], context: grpc.ServicerContext
+    ) -> pb.PutResponse:
+        """A header, then blocks and samples in any order."""
+        first = next(request_iterator, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidRequest("a Put begins with a header that names the shard")
+        with self._begin_put(first.header) as put:
+            for message in request_iterator:
+                part = message.WhichOneof("part")
+                if part == "block":
+                    put.write(wire.kv_block_from_proto(message.block))
+                elif part == "sample":
+                    put.add_sample(wire.query_sample_from_proto(message.sample))
+                else:
+                    raise InvalidRequest(f"a Put goes on with blocks and samples, not {part}")
+            return pb.PutResponse(bytes_stored=put.bytes_stored)
+
+    def _begin_put(self, header: pb.PutHeader) -> PutStream:
+        return self._store.put(
+            header.context_id,
+            wire.shard_from_proto(header.shard),
+            wire.identity_from_proto(header.identity),
+            [wire.geometry_from_proto(each) for each in header.layers],
+            header.capability,
+        )
+
+    @map_errors
+    def Seal(self, request: pb.SealRequest, context: grpc.ServicerContext) -> pb.SealResponse:  # noqa: N802
+        """Makes a shard immutable and visible."""
+        token_ids = wire.tensor_from_proto(
+            request.token_ids, name="token_ids [span]", shape=(None,), dtype=np.dtype("<i4")
+        )
+        checksum, stored = self._store.seal(
+            request.context_id, request.shard_id, request.capability, token_ids
+        )
+        return pb.SealResponse(checksum=checksum, bytes_stored=stored)
+
+    @map_errors
+    def OpenSession(  # noqa: N802
+        self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
+    ) -> pb.OpenSessionResponse:
+        """Opens, reopens or takes over a session."""
+        handle, stop = self._store.open_session(
+            request.capability,
+            wire.session_record_from_proto(request.record),
+            wire.identity_from_proto(request.identity),
+            [wire.shard_from_proto(each) for each in request.tail_shards],
+            [wire.geometry_from_proto(each) for each in request.layers],
+        )
+        return pb.OpenSessionResponse(handle=handle, stop=stop)
+
+    @map_errors
+    def CloseSession(  # noqa: N802
+        self, request: pb.CloseSessionRequest, context: grpc.ServicerContext
+    ) -> pb.CloseSessionResponse:
+        """Ends a session."""
+        return pb.CloseSessionResponse(bytes_freed=self._store.close_session(request.handle))
+
+    @map_errors
+    def Attend(  # noqa: N802
+        self, request_iterator: Iterator[pb.AttendRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.AttendResponse]:
+        """Answers each message in turn; a bad one is refused and the stream goes on."""
+        for request in request_iterator:
+            yield self._attend(request)
+
+    @map_errors
+    def AttendOnce(  # noqa: N802
+        self, request: pb.AttendOnceRequest, context: grpc.ServicerContext
+    ) -> pb.AttendOnceResponse:
+        """The same for one message."""
+        return pb.AttendOnceResponse(attend=self._attend(request.attend))
+
+    def _attend(self, request: pb.AttendRequest) -> pb.AttendResponse:
+        began = time.perf_counter()
+        try:
+            rows = wire.attend_rows_from_proto(request)
+            attended = self._store.attend(request.layer, rows, request.scale, request.softcap)
+            return _attend_response(request.request_id, rows, attended, began)
+        except Exception as error:
+            refusal = wire.error_to_proto(_refusal(error, "Attend"))
+            return pb.AttendResponse(request_id=request.request_id, error=refusal)
+
+    @map_errors
+    def Append(  # noqa: N802
+        self, request_iterator: Iterator[pb.AppendRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.AppendResponse]:
+        """Stores each message's entries in order; a bad entry is refused and the stream goes on."""
+        for request in request_iterator:
+            results = [self._append(entry) for entry in request.entries]
+            yield pb.AppendResponse(request_id=request.request_id, results=results)
+
+    def _append(self, message: pb.AppendEntry) -> pb.AppendResult:
+        try:
+            stop, refused = self._store.append(wire.append_entry_from_proto(message))
+        except Exception as error:
+            stop, refused = 0, _refusal(error, "Append")
+        return pb.AppendResult(
+            handle=message.handle,
+            stop=stop,
+            error=None if refused is None else wire.error_to_proto(refused),
+        )
+
+    @map_errors
+    def Read(  # noqa: N802
+        self, request: pb.ReadRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ReadResponse]:
+        """Streams K and V of a session."""
+        span = wire.span_from_proto(request.span, name="span")
+        for block in self._store.read(request.handle, span, list(request.layers)):
+            yield pb.ReadResponse(block=wire.kv_block_to_proto(block))
+
+    @map_errors
+    def Drop(self, request: pb.DropRequest, context: grpc.ServicerContext) -> pb.DropResponse:  # noqa: N802
+        """Forgets a context."""
+        return pb.DropResponse(bytes_freed=self._store.drop(request.context_id, request.capability))
+
+    @map_errors
+    def Inventory(  # noqa: N802
+        self, request: pb.InventoryRequest, context: grpc.ServicerContext
+    ) -> pb.InventoryResponse:
+        """Everything the node holds."""
+        shards, session_ids = self._store.inventory(request.context_id)
+        return pb.InventoryResponse(
+            shards=[wire.shard_inventory_to_proto(each) for each in shards],
+            session_ids=session_ids,
+        )
+
+    @map_errors
+    def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:  # noqa: N802
+        """Memory and counters."""
+        return wire.node_stats_to_proto(self._store.stats())
+
+
+def _attend_response(
+    request_id: int, rows: Sequence[AttendRows], attended: Attended, began: float
+) -> pb.AttendResponse:
+    """The reply; rows that failed take the value size of the others, which share their layer."""
+    value_dim = next(
+        (r.partial.output.shape[-1] for r in attended.results if isinstance(r, AttendResult)), 0
+    )
+    shapes = [(*each.queries.shape[:2], value_dim) for each in rows]
+    work_s = attended.search_s + attended.attend_s
+    # queue_s stays 0: the stream's own thread takes a message as soon as it is there.
+    timing = wire.NodeTiming(
+        search_s=attended.search_s,
+        attend_s=attended.attend_s,
+        merge_s=max(0.0, time.perf_counter() - began - work_s),
+    )
+    return wire.attend_response(request_id, attended.results, shapes, timing)
+
+
+def _refusal(error: Exception, method: str) -> LongreachError:
+    """What a peer is told: deliberate errors as they are, others without their text."""
+    if isinstance(error, LongreachError):
+        return error
+    _LOG.error("%s failed", method, exc_info=error)
+    return Internal(f"{method} failed with {type(error).__name__}; the trace is in the node's log")
+
+
+def start_server(store: Store, listen: str, max_streams: int) -> tuple[grpc.Server, str, Readiness]:
+    """Starts to answer on `listen`; returns the server, its address and the readiness switch.
+
+    An open stream pins a thread, so there are as many threads as RPCs are allowed at once; one
+    more is refused with RESOURCE_EXHAUSTED instead of waiting.
+    """
+    pool = ThreadPoolExecutor(max_streams, thread_name_prefix="rpc")
+    server = grpc.server(pool, options=server_options(), maximum_concurrent_rpcs=max_streams)
+    add_RetrievalServiceServicer_to_server(RetrievalServer(store), server)
+    readiness = serve_health(server, [SERVICE_NAME])
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise Unavailable(
+            f"cannot listen on {listen}: {error}; choose a free port or 127.0.0.1:0"
+        ) from None
+    server.start()
+    return server, f"{listen.rpartition(':')[0]}:{port}", readiness

@@ -1,0 +1,185 @@
+"""What a coordinator knows after restarts: its own, and its nodes'."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import shutil
+
+from conftest import eventually, new_world, raised, running_world
+from coordinator_doubles import answer
+
+from longreach.errors import NotFound, Unavailable
+from longreach.types import Identity
+from longreach.v1 import generation_pb2 as pb
+
+TOKENS = list(range(1, 131))
+
+
+async def _states(world):
+    listed = await world.stub.ListContexts(pb.ListContextsRequest())
+    return {context.context_id: context.state for context in listed.contexts}
+
+
+async def _becomes(world, context_id, state):
+    async with asyncio.timeout(10):
+        while (await _states(world)).get(context_id) != state:
+            await asyncio.sleep(0.02)
+
+
+async def test_contexts_outlive_the_coordinator(tmp_path):
+    world = new_world(data_dir=str(tmp_path))
+    async with running_world(world):
+        context = await world.context(TOKENS, name="kept")
+    async with running_world(world):
+        await _becomes(world, context.context_id, pb.CONTEXT_STATE_READY)
+        reply = await world.generate([3], context_id=context.context_id, max_tokens=2)
+        assert reply.token_ids == answer([*TOKENS, 3], 2)
+        assert (await world.create(TOKENS))[-1].found
+    assert world.workers["worker-0"].prefills == 1
+    world.stop_doubles()
+
+
+async def test_a_context_is_unavailable_until_all_its_nodes_are_back(tmp_path):
+    world = new_world(data_dir=str(tmp_path))
+    async with running_world(world):
+        context = await world.context(TOKENS)
+    world.silent.add("node-1")
+    async with running_world(world):
+        error = await raised(world.generate([3], context_id=context.context_id, max_tokens=1))
+        assert isinstance(error, Unavailable)
+        assert "node-1" in error.message
+        world.silent.clear()
+        await _becomes(world, context.context_id, pb.CONTEXT_STATE_READY)
+    world.stop_doubles()
+
+
+async def test_a_node_that_lost_its_memory_makes_contexts_unavailable(world):
+    context = await world.context(TOKENS)
+    world.nodes["node-1"].shards.clear()
+    world.incarnations["node-1"] = 2
+    await _becomes(world, context.context_id, pb.CONTEXT_STATE_UNAVAILABLE)
+    replaced = await world.context(TOKENS)
+    assert replaced.context_id == context.context_id
+    assert replaced.state == pb.CONTEXT_STATE_READY
+    assert world.workers["worker-0"].prefills == 2
+
+
+async def test_a_snapshot_that_loads_late_makes_a_context_ready_again(world, monkeypatch):
+    monkeypatch.setattr("coordinator.coordinator.TICK_S", 0.05)
+    context = await world.context(TOKENS)
+    node = world.nodes["node-1"]
+    saved = dict(node.shards)
+    node.shards.clear()
+    world.incarnations["node-1"] = 2
+    await _becomes(world, context.context_id, pb.CONTEXT_STATE_UNAVAILABLE)
+    node.shards.update(saved)
+    await _becomes(world, context.context_id, pb.CONTEXT_STATE_READY)
+
+
+async def test_contexts_follow_a_node_to_its_new_address(tmp_path):
+    world = new_world(data_dir=str(tmp_path))
+    async with running_world(world):
+        context = await world.context(TOKENS)
+    world.nodes["node-0"].server.stop(0)
+    world.nodes["node-0"].server = None
+    async with running_world(world):
+        await _becomes(world, context.context_id, pb.CONTEXT_STATE_READY)
+        listed = await world.stub.ListContexts(pb.ListContextsRequest())
+        addresses = {n.node_id: n.address for n in listed.contexts[0].shard_map.nodes}
+        assert addresses == {name: node.address for name, node in world.nodes.items()}
+    world.stop_doubles()
+
+
+async def test_a_lost_catalog_is_rebuilt_from_the_nodes(tmp_path):
+    world = new_world(data_dir=str(tmp_path))
+    async with running_world(world):
+        context = await world.context(TOKENS)
+    shutil.rmtree(tmp_path)
+    async with running_world(world):
+        await _becomes(world, context.context_id, pb.CONTEXT_STATE_READY)
+        listed = await world.stub.ListContexts(pb.ListContextsRequest())
+        found = listed.contexts[0]
+        assert found.tokens == context.tokens
+        assert {s.shard_id: s for s in found.shard_map.shards} == {
+            s.shard_id: s for s in context.shard_map.shards
+        }
+        assert (await world.create(TOKENS))[-1].found
+        reply = await world.generate([3], context_id=context.context_id, max_tokens=2)
+        assert reply.token_ids == answer([*TOKENS, 3], 2)
+    world.stop_doubles()
+
+
+async def test_a_deleted_context_does_not_come_back_with_a_node_that_was_away(tmp_path):
+    world = new_world(data_dir=str(tmp_path))
+    async with running_world(world):
+        context = await world.context(TOKENS)
+    world.silent.add("node-1")
+    async with running_world(world):
+        await world.stub.DeleteContext(pb.DeleteContextRequest(context_id=context.context_id))
+        assert context.context_id in world.nodes["node-1"].shards
+        world.silent.clear()
+        await eventually(lambda: context.context_id not in world.nodes["node-1"].shards)
+        gone = pb.GetContextRequest(context_id=context.context_id)
+        assert isinstance(await raised(world.stub.GetContext(gone)), NotFound)
+    world.stop_doubles()
+
+
+async def test_shards_of_an_interrupted_prefill_are_dropped_from_a_node(world):
+    context = await world.context(TOKENS)
+    held = world.nodes["node-0"].shards[context.context_id]
+    shard, identity, _ = next(iter(held.values()))
+    world.nodes["node-0"].hold("ctx-half", shard, identity, sealed=False)
+    world.incarnations["node-0"] = 2
+    await eventually(lambda: "ctx-half" not in world.nodes["node-0"].shards)
+    assert (await _states(world)) == {context.context_id: pb.CONTEXT_STATE_READY}
+
+
+async def test_shards_of_another_model_are_left_alone(world):
+    context = await world.context(TOKENS)
+    held = world.nodes["node-0"].shards[context.context_id]
+    shard, identity, _ = next(iter(held.values()))
+    other = dataclasses.replace(identity, model="other")
+    assert isinstance(other, Identity)
+    world.nodes["node-0"].hold("ctx-other", shard, other, sealed=True)
+    world.incarnations["node-0"] = 2
+    await _becomes(world, context.context_id, pb.CONTEXT_STATE_READY)
+    await asyncio.sleep(0.1)
+    assert "ctx-other" in world.nodes["node-0"].shards
+    assert set(await _states(world)) == {context.context_id}
+
+
+async def test_draining_lets_running_generations_finish_and_admits_no_more():
+    world = new_world()
+    await world.start()
+    worker = world.workers["worker-0"]
+    worker.step_gate.clear()
+    running = asyncio.create_task(world.generate([4], max_tokens=20))
+    await eventually(lambda: worker.steps)
+    draining = asyncio.create_task(world.server.coordinator.drain())
+    await asyncio.sleep(0.05)
+    refused = await raised(world.generate([5], max_tokens=1))
+    assert isinstance(refused, Unavailable)
+    assert refused.reason == "DRAINING"
+    worker.step_gate.set()
+    assert (await running).token_ids == answer([4], 20)
+    await draining
+    await world.stop()
+    world.stop_doubles()
+
+
+async def test_a_generation_that_outlasts_the_grace_is_cut_and_closed():
+    world = new_world(drain_grace_s=0.1)
+    await world.start()
+    worker = world.workers["worker-0"]
+    worker.step_gate.clear()
+    running = asyncio.create_task(world.generate([4], max_tokens=20))
+    await eventually(lambda: worker.steps)
+    draining = asyncio.create_task(world.server.coordinator.drain())
+    await asyncio.sleep(0.2)
+    worker.step_gate.set()
+    assert isinstance(await raised(running), Unavailable)
+    await draining
+    assert not worker.sessions
+    await world.stop()
+    world.stop_doubles()
