@@ -16,6 +16,11 @@ class CoordinatorConfig:
     listen: str = setting(
         "127.0.0.1:7300", "host:port to serve on; port 0 picks a free one and prints it."
     )
+    coordinator_id: str = setting(
+        "coordinator-0",
+        "Stable name of this coordinator. Its sessions carry it, so that those a crash left open "
+        "are recognised and closed after the restart.",
+    )
     data_dir: str = setting(
         "",
         "Folder of the catalog (SQLite). Empty keeps it in memory: contexts are then found "
@@ -47,6 +52,11 @@ class CoordinatorConfig:
         "Question tokens in one step, all sessions together, so that long questions do not "
         "hold up sessions that are decoding.",
     )
+    question_step_ms: int = setting(
+        200,
+        "Time that question tokens may add to a step while other sessions decode; fewer tokens "
+        "are sent where they take longer.",
+    )
     max_context_bytes: int = setting(256 * 2**20, "Longest text of one context, UTF-8 bytes.")
     drain_grace_s: float = setting(
         30.0, "Seconds that running generations may go on after SIGTERM."
@@ -59,7 +69,12 @@ class CoordinatorConfig:
                 "no cluster secret; set LONGREACH_CLUSTER_SECRET to the same random text on every "
                 "service, so that nodes can check what the coordinator signs"
             )
-        for name in ("default_max_tokens", "inline_prompt_tokens", "question_tokens_per_step"):
+        for name in (
+            "default_max_tokens",
+            "inline_prompt_tokens",
+            "question_tokens_per_step",
+            "question_step_ms",
+        ):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_waiting < 0:

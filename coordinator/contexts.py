@@ -106,8 +106,8 @@ class Contexts:
             self._book.show(settled(record, self._holdings.missing(record)))
 
     async def drain(self, grace_s: float) -> None:
-        """Lets what is being stored finish within the grace."""
-        await self._filling.settled(grace_s)
+        """Stores nothing more; what is being stored may finish within the grace."""
+        await self._filling.drain("the coordinator is shutting down; ask another", grace_s)
 
     async def close(self) -> None:
         """Abandons what is still being stored and waits for the clean-up."""
@@ -134,8 +134,9 @@ class Contexts:
         record = self._readdressed(self._book.find(context_id, self.tenant))
         return ContextView(record, await self._index.of(record))
 
-    def ready(self, context_id: str) -> ContextRecord:
+    async def ready(self, context_id: str) -> ContextRecord:
         """A context to generate on; raises what says why it cannot be used."""
+        await self.settling.given_time(context_id)
         record = self._readdressed(self._book.find(context_id, self.tenant))
         if record.state is ContextState.READY:
             return record
@@ -189,6 +190,7 @@ class Contexts:
         check_token_ids(token_ids, model)
         identity = dataclasses.replace(model.identity, tenant=self.tenant)
         context_id = tenancy.context_id(identity, token_ids)
+        await self.settling.given_time(context_id)
         fill = self._filling.get(context_id)
         if fill is None:
             known = self._book.records.get(context_id)

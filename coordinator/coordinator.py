@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -34,6 +35,7 @@ from longreach.rpc.worker import WorkerClient
 
 TICK_S = 0.5
 RECHECK_TICKS = 10
+STATUS_TIMEOUT_S = 1.0
 _log = logging.getLogger(__name__)
 
 _UP = (Change.JOINED, Change.RESTARTED, Change.RECOVERED, Change.MOVED)
@@ -104,10 +106,15 @@ class Coordinator:
         self._apply(event)
         return self._cluster.epoch
 
-    def status(self) -> ClusterStatus:
-        """Members, memory and load."""
+    async def status(self) -> ClusterStatus:
+        """Members, memory and load; members that can be reached are asked how they stand now."""
+        members = {member.member_id: member for member in self._cluster.members()}
+        reachable = [member.report for member in members.values() if member.reachable]
+        for report in await self._driver.refreshed(reachable, STATUS_TIMEOUT_S):
+            name = report.member_id
+            members[name] = dataclasses.replace(members[name], report=report)
         return ClusterStatus(
-            members=tuple(self._cluster.members()),
+            members=tuple(members.values()),
             now=self._clock(),
             epoch=self._cluster.epoch,
             contexts=self.contexts.count(),

@@ -7,18 +7,27 @@ move, and signs the capabilities they ask for.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from coordinator.cluster import Heartbeat
 from longreach import security
-from longreach.errors import LongreachError, Unavailable
-from longreach.rpc.retrieval import AsyncNodeClient
+from longreach.errors import DeadlineExceeded, LongreachError, Unavailable
+from longreach.rpc.retrieval import CONTROL_TIMEOUT_S, AsyncNodeClient
 from longreach.rpc.worker import WorkerClient
-from longreach.steps import PrefillProgress, StepOutcome, StepRow
-from longreach.types import Budget, Identity, SessionRecord, ShardInventory, ShardMap
+from longreach.steps import PrefillProgress, StepOutcome, StepRow, WorkerStatus
+from longreach.types import (
+    Budget,
+    Identity,
+    NodeStats,
+    SessionRecord,
+    ShardInventory,
+    ShardMap,
+)
 
 # How long a worker may use what it was allowed to: longer than any prefill or generation.
 CAPABILITY_TTL_S = 24 * 3600.0
@@ -65,6 +74,9 @@ class WorkerPeer(Peer, Protocol):
     async def step(self, rows: Sequence[StepRow]) -> StepOutcome:
         """Runs one decode step."""
 
+    async def status(self) -> WorkerStatus:
+        """What the worker holds."""
+
 
 class NodePeer(Peer, Protocol):
     """What the coordinator asks of a node (longreach.rpc.retrieval.AsyncNodeClient)."""
@@ -74,6 +86,9 @@ class NodePeer(Peer, Protocol):
 
     async def inventory(self, context_id: str = "") -> tuple[list[ShardInventory], list[str]]:
         """Shards held and sessions open."""
+
+    async def stats(self) -> NodeStats:
+        """Memory and counters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,18 +159,43 @@ class Driver:
         return Dropped(sum(a for a in answers if isinstance(a, int)), failed)
 
     async def inventories(
-        self, node_ids: Iterable[str], context_id: str = ""
+        self, node_ids: Iterable[str], context_id: str = "", *, timeout_s: float = CONTROL_TIMEOUT_S
     ) -> dict[str, list[ShardInventory]]:
-        """What several nodes hold; nodes that do not answer are left out."""
+        """What several nodes hold; nodes that do not answer in time are left out."""
         names = tuple(node_ids)
         answers = await asyncio.gather(
-            *(_answer(self._inventory_of(name, context_id)) for name in names)
+            *(_answer(self._inventory_of(name, context_id), timeout_s) for name in names)
         )
         return {
             name: answer
             for name, answer in zip(names, answers, strict=True)
             if not isinstance(answer, LongreachError)
         }
+
+    async def sessions(self, node_id: str) -> list[str]:
+        """Sessions that a node has open; none where it does not answer."""
+
+        async def ask() -> list[str]:
+            return (await self.node(node_id).inventory(NO_CONTEXT))[1]
+
+        answer = await _answer(ask())
+        return [] if isinstance(answer, LongreachError) else answer
+
+    async def refreshed(self, reports: Sequence[Heartbeat], timeout_s: float) -> list[Heartbeat]:
+        """Members' reports with what they say now; those that do not answer keep the old."""
+
+        async def ask(report: Heartbeat) -> Heartbeat:
+            if report.worker is not None:
+                status = await self.worker(report.member_id).status()
+                return dataclasses.replace(report, worker=status)
+            stats = await self.node(report.member_id).stats()
+            return dataclasses.replace(report, node=stats)
+
+        answers = await asyncio.gather(*(_answer(ask(report), timeout_s) for report in reports))
+        return [
+            report if isinstance(answer, LongreachError) else answer
+            for report, answer in zip(reports, answers, strict=True)
+        ]
 
     async def close(self) -> None:
         """Ends every connection."""
@@ -186,9 +226,14 @@ class Driver:
 T = TypeVar("T")
 
 
-async def _answer(call: Coroutine[Any, Any, T]) -> T | LongreachError:
+async def _answer(
+    call: Coroutine[Any, Any, T], timeout_s: float = CONTROL_TIMEOUT_S
+) -> T | LongreachError:
     try:
-        return await call
+        async with asyncio.timeout(timeout_s):
+            return await call
+    except TimeoutError:
+        return DeadlineExceeded(f"a node did not answer within {timeout_s} s")
     except LongreachError as error:
         level = logging.INFO if isinstance(error, Unavailable) else logging.WARNING
         _log.log(level, "a node did not do what was asked: %s", error)

@@ -69,6 +69,7 @@ class Filling:
         self._promises: dict[str, Promise] = {}
         self._prefills: Counter[str] = Counter()
         self._prefill_turns: dict[str, asyncio.Lock] = {}
+        self._closed = ""
 
     def __contains__(self, context_id: str) -> bool:
         return context_id in self._fills
@@ -86,6 +87,8 @@ class Filling:
 
         A record that stands for the same context is replaced, what is left of it dropped.
         """
+        if self._closed:
+            raise Unavailable(self._closed, reason="DRAINING")
         if len(self._fills) >= self._fills_max:
             raise ResourceExhausted(
                 f"{len(self._fills)} contexts are being stored and at most {self._fills_max} may; "
@@ -130,8 +133,9 @@ class Filling:
             fill.fail(error)
             self.abandon(fill)
 
-    async def settled(self, timeout_s: float) -> None:
-        """Waits for the fills that run, at most so long."""
+    async def drain(self, why: str, timeout_s: float) -> None:
+        """Begins nothing more and waits for the fills that run, at most so long."""
+        self._closed = why
         tasks: Iterable[asyncio.Task[None]] = [f.task for f in self._fills.values() if f.task]
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
@@ -142,10 +146,7 @@ class Filling:
         context_id = fill.record.context_id
         try:
             await self._sweeper.swept(context_id)
-            if stale is not None:
-                nodes = self._book.reachable(stale.node_ids)
-                await self._driver.drop(context_id, stale.identity.tenant, nodes)
-                self._holdings.dropped(context_id)
+            await self._clear(fill.record, stale)
             await self._book.write(fill.record, token_ids)
             await self._prefill(fill, token_ids)
         except LongreachError as error:
@@ -153,6 +154,13 @@ class Filling:
         except Exception as problem:
             _log.exception("storing context %s failed", context_id)
             await self._fail(fill, Internal(f"storing failed with {type(problem).__name__}"))
+
+    async def _clear(self, record: ContextRecord, stale: ContextRecord | None) -> None:
+        """Drops what nodes may hold of the context from before, perhaps under another map."""
+        node_ids = {*record.node_ids, *(stale.node_ids if stale else ())}
+        nodes = self._book.reachable(tuple(sorted(node_ids)))
+        await self._driver.drop(record.context_id, record.identity.tenant, nodes)
+        self._holdings.dropped(record.context_id)
 
     async def _prefill(self, fill: Fill, token_ids: tuple[int, ...]) -> None:
         worker_id = self._choose_worker(fill.record.identity)

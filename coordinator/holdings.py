@@ -41,6 +41,10 @@ class Holdings:
             if item.sealed:
                 held.setdefault(item.context_id, []).append(item)
 
+    def heard(self, node_id: str) -> bool:
+        """Whether the node's inventory is known."""
+        return node_id in self._nodes
+
     def lost(self, node_id: str) -> None:
         """The node is gone, or lost its memory."""
         self._nodes.pop(node_id, None)

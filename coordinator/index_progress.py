@@ -11,6 +11,8 @@ from coordinator.driver import Driver
 from longreach.types import ShardInventory
 
 FRESH_S = 0.5
+# A node that does not say in this time how far its index is, is left out of the figure.
+ANSWER_S = 2.0
 _REMEMBERED_MAX = 1024
 
 
@@ -50,24 +52,23 @@ class IndexProgress:
         known = self._known.get(record.context_id)
         if known is not None and self._clock() - known[0] < FRESH_S:
             return known[1]
-        answers = await self._driver.inventories(record.node_ids, record.context_id)
+        answers = await self._driver.inventories(
+            record.node_ids, record.context_id, timeout_s=ANSWER_S
+        )
         summary = summarise(item for items in answers.values() for item in items)
         self._remember(record.context_id, summary)
         return summary
 
     async def of_all(self, records: Sequence[ContextRecord]) -> dict[str, IndexSummary]:
         """The summaries of many contexts, from one inventory of each node."""
-        nodes = {node_id for record in records for node_id in record.node_ids}
+        ready = [record for record in records if record.state is ContextState.READY]
+        nodes = sorted({node_id for record in ready for node_id in record.node_ids})
         by_context: dict[str, list[ShardInventory]] = {}
-        for items in (await self._driver.inventories(sorted(nodes))).values():
+        for items in (await self._driver.inventories(nodes, timeout_s=ANSWER_S)).values():
             for item in items:
                 by_context.setdefault(item.context_id, []).append(item)
-        found: dict[str, IndexSummary] = {}
-        for record in records:
-            ready = record.state is ContextState.READY
-            held = by_context.get(record.context_id, [])
-            found[record.context_id] = summarise(held) if ready else IndexSummary()
-        return found
+        summaries = {r.context_id: summarise(by_context.get(r.context_id, ())) for r in ready}
+        return {r.context_id: summaries.get(r.context_id, IndexSummary()) for r in records}
 
     def _remember(self, context_id: str, summary: IndexSummary) -> None:
         if len(self._known) >= _REMEMBERED_MAX:

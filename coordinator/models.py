@@ -12,6 +12,7 @@ from coordinator.requests import Prompt
 from coordinator.tokenizer import Tokenizer
 from longreach.errors import FailedPrecondition, LongreachError
 from longreach.steps import ModelInfo
+from longreach.types import Identity
 
 # A source that had no tokenizer is not asked again for this long.
 RETRY_AFTER_S = 60.0
@@ -45,6 +46,11 @@ class Models:
             for member in self._cluster.workers()
             if member.report.worker
         }
+
+    def with_identity(self, identity: Identity) -> ModelInfo | None:
+        """The model whose KV has this identity (tenant left empty), if a worker runs it."""
+        models = [m.report.worker.model for m in self._cluster.workers() if m.report.worker]
+        return next((model for model in models if model.identity == identity), None)
 
     async def tokenizer(self, model: ModelInfo) -> Tokenizer:
         """The tokenizer of a model; raises FailedPrecondition where none can be read."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from coordinator.generation import Generation, Token
+from coordinator.pacing import QuestionPace
 from longreach.errors import Internal, LongreachError
 from longreach.steps import StepOutcome, StepRow, StepRowResult
 
@@ -42,8 +43,8 @@ class _Seat:
 class DecodeLoop:
     """Runs the steps of one worker while it has sessions.
 
-    `max_row_tokens` is the worker's limit on one row, `question_tokens` the limit on all question
-    rows of a step. `on_lost` is told when a step failed as a whole.
+    `max_row_tokens` is the worker's limit on one row, `pace` the limit on all question rows of a
+    step. `on_lost` is told when a step failed as a whole.
     """
 
     def __init__(
@@ -51,13 +52,13 @@ class DecodeLoop:
         worker: StepRunner,
         *,
         max_row_tokens: int,
-        question_tokens: int,
+        pace: QuestionPace,
         on_lost: Callable[[LongreachError], None] = lambda error: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._worker = worker
         self._max_row_tokens = max_row_tokens
-        self._question_tokens = question_tokens
+        self._pace = pace
         self._on_lost = on_lost
         self._clock = clock
         self._seats: dict[str, _Seat] = {}
@@ -112,7 +113,7 @@ class DecodeLoop:
     def _gather(self) -> dict[str, StepRow]:
         """The rows of the next step: every decoder, and questions within the limit, in turn."""
         rows: dict[str, StepRow] = {}
-        questions_left = self._question_tokens
+        questions_left = self._pace.tokens(sum(s.generation.decoding for s in self._seats.values()))
         for name, seat in list(self._seats.items()):
             if seat.leaving:
                 continue
@@ -126,6 +127,12 @@ class DecodeLoop:
         return rows
 
     def _dispatch(self, rows: dict[str, StepRow], outcome: StepOutcome) -> None:
+        questions = [r for n, r in rows.items() if not self._seats[n].generation.decoding]
+        self._pace.observe(
+            question_tokens=sum(len(row.token_ids) for row in questions),
+            decoders=len(rows) - len(questions),
+            step_s=outcome.timing.total_s,
+        )
         results = {result.session_id: result for result in outcome.results}
         now = self._clock()
         for name, row in rows.items():

@@ -17,7 +17,7 @@ from coordinator.coordinator import Coordinator
 from coordinator.generation import Token
 from coordinator.index_progress import IndexSummary
 from coordinator.requests import GenerateParams, NewContext, Prompt
-from coordinator.sessions import Summary
+from coordinator.summary import Summary
 from longreach import wire
 from longreach.errors import InvalidRequest
 from longreach.rpc.channels import server_options
@@ -133,7 +133,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GetStatusRequest, call: Call
     ) -> generation_pb2.GetStatusResponse:
         """Members, memory and load."""
-        status = self._coordinator.status()
+        status = await self._coordinator.status()
         return generation_pb2.GetStatusResponse(
             members=[_member(member, status.now) for member in status.members],
             epoch=status.epoch,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,16 +13,18 @@ from coordinator.config import CoordinatorConfig
 from coordinator.contexts import Contexts
 from coordinator.holdings import without_tenant
 from coordinator.models import Models
+from coordinator.orphans import SessionNames
 from coordinator.requests import (
     GenerateParams,
     answer_tokens,
+    check_generate,
     check_token_ids,
     choose_model,
 )
 from coordinator.tokenizer import Tokenizer
 from longreach.errors import IdentityMismatch, Internal, InvalidRequest
 from longreach.steps import ModelInfo
-from longreach.types import BOUNDARY_TOKENS, Identity, SessionRecord, ShardMap
+from longreach.types import BOUNDARY_TOKENS, Budget, Identity, SessionRecord, ShardMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Plan:
     context: ContextRecord | None
     shard_map: ShardMap
     record: SessionRecord
+    budget: Budget
     tokenizer: Tokenizer | None
 
 
@@ -48,17 +50,23 @@ class Planner:
         models: Models,
         admission: Admission,
         config: CoordinatorConfig,
+        names: SessionNames,
     ) -> None:
         self._contexts = contexts
         self._models = models
         self._admission = admission
         self._config = config
+        self._names = names
         self._default_budget = config.budget()
 
     async def plan(self, params: GenerateParams) -> Plan:
-        context = self._contexts.ready(params.context_id) if params.context_id else None
-        wanted = params.model or (context.identity.model if context else "")
-        model = choose_model(wanted, self._models.served())
+        """Checks a request and stores its prompt if it is long.
+
+        Raises InvalidRequest, NotFound, FailedPrecondition, ResourceExhausted or Unavailable.
+        """
+        check_generate(params)
+        context = await self._contexts.ready(params.context_id) if params.context_id else None
+        model = self._model(params, context)
         prompt = await self._models.encode(model, params.prompt, starts=context is None)
         check_token_ids(prompt, model)
         stored = context.tokens if context else 0
@@ -79,13 +87,12 @@ class Planner:
         max_tokens: int,
         tokenizer: Tokenizer | None,
     ) -> Plan:
-        session_id = f"ses-{secrets.token_hex(12)}"
+        session_id = self._names.new()
         if context is None:
             identity = dataclasses.replace(model.identity, tenant=self._contexts.tenant)
             shard_map = self._contexts.place_tail(session_id, model, len(prompt) + max_tokens)
         else:
             identity, shard_map = context.identity, context.shard_map
-            _check_identity(context, model)
             self._contexts.check_tail(context, model, len(prompt) + max_tokens)
         record = SessionRecord(
             session_id=session_id,
@@ -99,7 +106,28 @@ class Planner:
             stop_texts=params.stop_texts,
             max_tokens=max_tokens,
         )
-        return Plan(params, model, identity, context, shard_map, record, tokenizer)
+        budget = params.budget or self._default_budget
+        return Plan(params, model, identity, context, shard_map, record, budget, tokenizer)
+
+    def _model(self, params: GenerateParams, context: ContextRecord | None) -> ModelInfo:
+        """The model to run: exactly the context's, where there is one."""
+        if context is None:
+            return choose_model(params.model, self._models.served())
+        held = without_tenant(context.identity)
+        if params.model not in ("", held.model):
+            raise InvalidRequest(
+                f"context {context.context_id} was stored for model {held.model!r}, not "
+                f"{params.model!r}; leave the model out or create the context for this model",
+                reason="WRONG_MODEL",
+            )
+        exact = self._models.with_identity(held)
+        if exact is not None:
+            return exact
+        other = choose_model(held.model, self._models.served())
+        raise IdentityMismatch(
+            f"context {context.context_id} cannot be used by the workers that are alive: "
+            f"{held.difference(other.identity)}; create it again"
+        )
 
     async def _tokenizer(self, params: GenerateParams, model: ModelInfo) -> Tokenizer | None:
         if params.stop_texts:
@@ -119,19 +147,3 @@ class Planner:
         if record is None:
             raise Internal("storing the prompt ended without a record")
         return record, prompt[cut:]
-
-
-def _check_identity(context: ContextRecord, model: ModelInfo) -> None:
-    """The context's KV must be of exactly this model."""
-    if context.identity.model != model.model:
-        raise InvalidRequest(
-            f"context {context.context_id} was stored for model {context.identity.model!r}, not "
-            f"{model.model!r}; leave the model out or create the context for this model",
-            reason="WRONG_MODEL",
-        )
-    held = without_tenant(context.identity)
-    if held != model.identity:
-        raise IdentityMismatch(
-            f"context {context.context_id} cannot be used by the workers that are alive: "
-            f"{held.difference(model.identity)}; create it again"
-        )

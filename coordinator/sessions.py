@@ -1,6 +1,6 @@
-"""Sessions: one generation each, from validation to the last token.
+"""Sessions: one generation each, from its plan to the last token.
 
-    check ─> store a long prompt ─> wait for a slot ─> open on the worker ─> decode loop ─> close
+    plan ─> wait for a slot ─> open on the worker ─> decode loop ─> close
 
 Each session runs in a task of its own, so that a client that goes away at any point only cancels
 that task, which leaves the loop at a step boundary and closes the session on worker and nodes.
@@ -22,18 +22,14 @@ from coordinator.driver import Driver, WorkerPeer
 from coordinator.generation import Generation, Token
 from coordinator.holdings import without_tenant
 from coordinator.models import Models
-from coordinator.requests import (
-    GenerateParams,
-    check_generate,
-)
+from coordinator.orphans import Orphans, SessionNames
+from coordinator.pacing import QuestionPace
+from coordinator.requests import GenerateParams
 from coordinator.scheduler import DecodeLoop
+from coordinator.session_plan import Plan, Planner
+from coordinator.summary import Summary, summarise
 from coordinator.tokenizer import Detokenizer
-from longreach.errors import (
-    Cancelled,
-    Internal,
-    LongreachError,
-    Unavailable,
-)
+from longreach.errors import Cancelled, Internal, LongreachError, Unavailable
 
 # A worker that does not close a session in this time is lost, or about to be found lost.
 CLOSE_TIMEOUT_S = 5.0
@@ -78,11 +74,12 @@ class Sessions:
         self._cluster = cluster
         self._driver = driver
         self._contexts = contexts
-        self._models = models
         self._config = config
         self._on_lost = on_lost
-        self._default_budget = config.budget()
         self._admission = Admission(self._slots, config.max_waiting)
+        names = SessionNames(config.coordinator_id)
+        self._planner = Planner(contexts, models, self._admission, config, names)
+        self.orphans = Orphans(names, driver, lives=lambda session_id: session_id in self._sessions)
         self._loops: dict[str, tuple[WorkerPeer, DecodeLoop]] = {}
         self._sessions: dict[str, _Session] = {}
 
@@ -104,9 +101,7 @@ class Sessions:
         Raises what went wrong: InvalidRequest, NotFound, ResourceExhausted, Unavailable, ...
         """
         arrived = time.monotonic()
-        check_generate(params)
-        self._admission.check()
-        session = _Session(await self._plan(params), arrived)
+        session = _Session(await self._planner.plan(params), arrived)
         session_id = session.plan.record.session_id
         self._sessions[session_id] = session
         session.task = asyncio.create_task(self._run(session))
@@ -188,7 +183,7 @@ class Sessions:
                 plan.identity,
                 plan.shard_map,
                 self._driver.read_capability(plan.record),
-                plan.params.budget or self._default_budget,
+                plan.budget,
                 plan.params.min_coverage or 1.0,
             )
         )
@@ -200,34 +195,18 @@ class Sessions:
             generation = _generation(plan, stop)
             loop = self._loop(worker_id, worker)
             await loop.run(generation, session.events.put_nowait)
-            return await self._summary(session, generation, worker_id)
+            return summarise(
+                plan,
+                generation,
+                arrived=session.arrived,
+                queue_s=session.queue_s,
+                open_s=session.open_s,
+                resident_kv_bytes=session.resident_bytes,
+                worker_id=worker_id,
+                index_kinds=await self._index_kinds(plan.context),
+            )
         finally:
             await _close(worker, opening, plan.record.session_id)
-
-    async def _summary(self, session: _Session, generation: Generation, worker_id: str) -> Summary:
-        plan, figures = session.plan, generation.figures
-        assert generation.finish_reason is not None
-        later = generation.tokens - 1
-        spread = figures.last_token_at - figures.first_token_at
-        tokens = plan.record.context_stop + len(plan.record.prompt_ids) + generation.tokens
-        return Summary(
-            finish_reason=generation.finish_reason,
-            context_tokens=plan.record.context_stop,
-            prompt_tokens=len(plan.record.prompt_ids),
-            completion_tokens=generation.tokens,
-            queue_s=session.queue_s,
-            open_s=session.open_s,
-            first_token_s=figures.first_token_at - session.arrived,
-            per_token_s=spread / later if later else 0.0,
-            steps=figures.steps,
-            work=figures.work,
-            prompt_work=figures.prompt_work,
-            coverage=figures.coverage,
-            resident_kv_bytes=session.resident_bytes,
-            full_kv_bytes=tokens * token_kv_bytes(plan.model),
-            worker_id=worker_id,
-            index_kinds=await self._index_kinds(plan.context),
-        )
 
     async def _index_kinds(self, context: ContextRecord | None) -> tuple[str, ...]:
         if context is None:
@@ -249,7 +228,9 @@ class Sessions:
         loop = DecodeLoop(
             worker,
             max_row_tokens=max(1, limit),
-            question_tokens=self._config.question_tokens_per_step,
+            pace=QuestionPace(
+                self._config.question_tokens_per_step, self._config.question_step_ms / 1e3
+            ),
             on_lost=lambda error: self._on_lost(worker_id, error),
         )
         self._loops[worker_id] = (worker, loop)

@@ -7,8 +7,10 @@ what a node holds for nobody is dropped there.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from coordinator import holdings
 from coordinator.catalog.base import ContextState
@@ -19,6 +21,8 @@ from coordinator.filling import Filling
 from coordinator.models import Models
 from coordinator.sweeper import Sweeper
 
+# Members report every second; in this time after the start all that live have registered.
+PATIENCE_S = 4.0
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +38,7 @@ class Settling:
         held: holdings.Holdings,
         filling: Filling,
         sweeper: Sweeper,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._book = book
         self._cluster = cluster
@@ -42,6 +47,24 @@ class Settling:
         self._holdings = held
         self._filling = filling
         self._sweeper = sweeper
+        self._clock = clock
+        self._patient_until = clock() + PATIENCE_S
+        self._changed = asyncio.Event()
+
+    async def given_time(self, context_id: str) -> None:
+        """Waits for the nodes of a context that is out of reach only because this coordinator has
+        just started and its nodes have not all registered yet."""
+        while self._clock() < self._patient_until:
+            record = self._book.records.get(context_id)
+            if record is None or record.state is not ContextState.UNAVAILABLE:
+                return
+            if all(self._holdings.heard(node_id) for node_id in record.node_ids):
+                return
+            try:
+                async with asyncio.timeout(self._patient_until - self._clock()):
+                    await self._changed.wait()
+            except TimeoutError:
+                return
 
     async def node_up(self, node_id: str) -> None:
         """A node registered, or came back: takes its inventory and settles every context."""
@@ -71,6 +94,7 @@ class Settling:
             if settled != record:
                 _log.info("context %s is %s now", context_id, settled.state.name)
                 self._book.show(settled)
+                self._wake()
                 await self._book.write(settled)
 
     async def recheck(self) -> None:
@@ -98,4 +122,9 @@ class Settling:
             if record is not None:
                 _log.info("context %s was found on %s", context_id, ", ".join(sorted(by_node)))
                 self._book.show(record)
+                self._wake()
                 await self._book.write(record)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coordinator.generation import FinishReason
+from coordinator.generation import FinishReason, Generation
+from coordinator.session_plan import Plan
 from longreach.steps import ModelInfo, StepTiming
 from longreach.types import WorkFigures, storage_dtype
 
@@ -30,6 +31,43 @@ class Summary:
     full_kv_bytes: int
     worker_id: str
     index_kinds: tuple[str, ...]
+
+
+def summarise(
+    plan: Plan,
+    generation: Generation,
+    *,
+    arrived: float,
+    queue_s: float,
+    open_s: float,
+    resident_kv_bytes: int,
+    worker_id: str,
+    index_kinds: tuple[str, ...],
+) -> Summary:
+    """The summary of a finished generation that arrived at `arrived` (monotonic seconds)."""
+    assert generation.finish_reason is not None
+    figures, record = generation.figures, plan.record
+    later = generation.tokens - 1
+    spread_s = figures.last_token_at - figures.first_token_at
+    tokens = record.context_stop + len(record.prompt_ids) + generation.tokens
+    return Summary(
+        finish_reason=generation.finish_reason,
+        context_tokens=record.context_stop,
+        prompt_tokens=len(record.prompt_ids),
+        completion_tokens=generation.tokens,
+        queue_s=queue_s,
+        open_s=open_s,
+        first_token_s=figures.first_token_at - arrived,
+        per_token_s=spread_s / later if later else 0.0,
+        steps=figures.steps,
+        work=figures.work,
+        prompt_work=figures.prompt_work,
+        coverage=figures.coverage,
+        resident_kv_bytes=resident_kv_bytes,
+        full_kv_bytes=tokens * token_kv_bytes(plan.model),
+        worker_id=worker_id,
+        index_kinds=index_kinds,
+    )
 
 
 def token_kv_bytes(model: ModelInfo) -> int:

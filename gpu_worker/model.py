@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from gpu_worker.arrays import dtype_name, to_array, torch_dtype
 from gpu_worker.attention import ATTENTION_NAME
@@ -68,6 +69,7 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> Model:
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"cannot load a model from {source!r}: {error}") from error
     kind = torch_dtype(dtype) if dtype != "auto" else None
+    disable_progress_bar()
     module = AutoModelForCausalLM.from_pretrained(source, dtype=kind or "auto")
     return prepare_model(module, source, where, config)
 

@@ -68,7 +68,10 @@ def read_config(
         parser.add_argument(
             "--" + f.name.replace("_", "-"),
             metavar=kinds[f.name].__name__.upper(),
-            help=f"{f.metadata.get('help', '')}\n[{variable}, default {f.default!r}]",
+            # argparse formats help texts with %, so a percent sign is doubled.
+            help=f"{f.metadata.get('help', '')}\n[{variable}, default {f.default!r}]".replace(
+                "%", "%%"
+            ),
         )
     flags = vars(parser.parse_args(argv))
     values: dict[str, Any] = {}

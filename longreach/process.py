@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 
 _PARENT_CHECK_S = 0.5
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Taken at import, so that a parent that dies while the service starts is noticed too.
 _PARENT_PID = os.getppid()
 

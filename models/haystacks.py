@@ -2,10 +2,11 @@
 
 A context is one text and many questions about it, so that one prefill serves all of them. Keys are
 `adjective-noun` pairs of held-out words, prose is the held-out part of `prose.py`, and every value
-is drawn afresh. Five kinds of haystack:
+is drawn afresh. Kinds of haystack:
 
 * noise, prose: RULER's noise sentences or natural text, with needles, pass keys and chains of
   variables;
+* mixed: a third of each of noise, prose and kv, so that one prefill serves every task;
 * kv, uuid: nothing but key-value pairs of numbers, or of uuids (InfiniteBench);
 * needles: nothing but needles (RULER's multikey_2).
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle, islice
 
@@ -38,12 +39,27 @@ from models.tasks import (
 )
 from models.words import random_uuid
 
-HAYSTACKS = ("noise", "prose", "kv", "uuid", "needles")
+HAYSTACKS = ("mixed", "noise", "prose", "kv", "uuid", "needles")
 
 _QUESTION_TOKENS_MAX = 160
 _QUESTIONS_PER_FULL_HAYSTACK = 24
-_NEEDLES, _UUID_NEEDLES, _WORD_NEEDLES = 20, 4, 4
-_NAMED_PASSKEYS, _WORD_CHAINS, _RULER_CHAINS, _RULER_HOPS = 10, 10, 10, 4
+_RULER_HOPS = 4
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How many facts of each kind a haystack of noise or prose hides."""
+
+    needles: int = 20
+    word_needles: int = 4
+    uuid_needles: int = 4
+    named_passkeys: int = 10
+    word_chains: int = 10
+    ruler_chains: int = 10
+
+
+_ALONE = _Counts()
+_SHARED = _Counts(10, 2, 2, 5, 5, 5)
 
 
 @dataclass(frozen=True)
@@ -68,17 +84,29 @@ def make_context(haystack: str, length: int, seed: int, tokenizer: Tokenizer) ->
     sampler = Sampler(rng, words, held_out=True)
     budget = length - 1 - _QUESTION_TOKENS_MAX
     if haystack in ("noise", "prose"):
-        text, questions = _sparse(haystack, budget, sampler, tokenizer)
+        text, questions = _sparse(haystack, budget, sampler, tokenizer, _ALONE)
+    elif haystack == "mixed":
+        text, questions = _mixed(budget, sampler, tokenizer)
     else:
         text, questions = _full(haystack, budget, sampler, tokenizer)
     return Context(haystack, text, _count(tokenizer, text), tuple(questions))
 
 
+def _mixed(budget: int, sampler: Sampler, tokenizer: Tokenizer) -> tuple[str, list[Question]]:
+    """A third noise, a third prose, a third key-value pairs; tasks say which third they are in."""
+    noise, noise_questions = _sparse("noise", budget // 3, sampler, tokenizer, _SHARED)
+    prose, prose_questions = _sparse("prose", budget // 3, sampler, tokenizer, _SHARED)
+    pairs, pair_questions = _full("kv", budget // 3, sampler, tokenizer)
+    questions = [replace(q, task=f"{q.task} in noise") for q in noise_questions]
+    questions += [replace(q, task=f"{q.task} in prose") for q in prose_questions]
+    return noise + prose + pairs, questions + pair_questions
+
+
 def _sparse(
-    haystack: str, budget: int, sampler: Sampler, tokenizer: Tokenizer
+    haystack: str, budget: int, sampler: Sampler, tokenizer: Tokenizer, counts: _Counts
 ) -> tuple[str, list[Question]]:
     """Facts of every task spread evenly at random over filler."""
-    facts = _hidden_facts(sampler)
+    facts = _hidden_facts(sampler, counts)
     budget -= sum(_count(tokenizer, s) for fact in facts for s in fact.sentences)
     filler = list(_filler(haystack, budget, sampler.rng, tokenizer))
     slots: dict[int, list[str]] = {}
@@ -94,7 +122,7 @@ def _sparse(
     return "".join(pieces), [question for fact in facts for question in fact.questions]
 
 
-def _hidden_facts(sampler: Sampler) -> list[Fact]:
+def _hidden_facts(sampler: Sampler, counts: _Counts) -> list[Fact]:
     def several(maker: Callable[[], Fact | None], count: int) -> list[Fact]:
         made = (maker() for _ in range(1000))
         return list(islice((fact for fact in made if fact is not None), count))
@@ -112,12 +140,12 @@ def _hidden_facts(sampler: Sampler) -> list[Fact]:
 
     return [
         *several(lambda: passkey(sampler), 1),
-        *several(lambda: hidden_needle("numbers", "niah"), _NEEDLES),
-        *several(lambda: hidden_needle("words", "niah_word"), _WORD_NEEDLES),
-        *several(lambda: hidden_needle("uuids", "niah_uuid"), _UUID_NEEDLES),
-        *several(lambda: named_passkey(sampler), _NAMED_PASSKEYS),
-        *several(lambda: variable_words(sampler), _WORD_CHAINS),
-        *several(lambda: variable_ruler(sampler, _RULER_HOPS), _RULER_CHAINS),
+        *several(lambda: hidden_needle("numbers", "niah"), counts.needles),
+        *several(lambda: hidden_needle("words", "niah_word"), counts.word_needles),
+        *several(lambda: hidden_needle("uuids", "niah_uuid"), counts.uuid_needles),
+        *several(lambda: named_passkey(sampler), counts.named_passkeys),
+        *several(lambda: variable_words(sampler, sampler.rng.randrange(1, 5)), counts.word_chains),
+        *several(lambda: variable_ruler(sampler, _RULER_HOPS), counts.ruler_chains),
     ]
 
 

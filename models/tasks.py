@@ -235,10 +235,11 @@ def _chain(value: str, names: list[str], end: str) -> tuple[str, ...]:
     return tuple(f" VAR {name} = {source}{end}" for source, name in hops)
 
 
-def variable_words(sampler: Sampler) -> Fact | None:
+def variable_words(sampler: Sampler, hops: int | None = None) -> Fact | None:
     """A chain of variables named by words: " VAR lamp = 12345." " VAR river = VAR lamp."."""
     rng = sampler.rng
-    value, count = str(rng.randrange(10_000, 100_000)), rng.choice((1, 1, 2, 3, 4, 5))
+    value = str(rng.randrange(10_000, 100_000))
+    count = (rng.choice((0, 0, 1, 2, 3, 4)) if hops is None else hops) + 1
     names = list(dict.fromkeys(rng.choice(sampler.words) for _ in range(count)))
     if any(f"VAR {name}" in sampler.used for name in names) or not sampler.claim(f"={value}"):
         return None

@@ -404,7 +404,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainSettings:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--start-from", type=Path, help="a checkpoint.pt to begin with instead of the primed weights"
+        "--start-from", type=Path, help="a checkpoint.pt to begin with, not the primed weights"
     )
     given = parser.parse_args(arguments)
     return TrainSettings(

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 
 from longreach.errors import Cancelled, LongreachError
@@ -34,6 +35,7 @@ class ShardIndexes:
         samples_reservation: Reservation,
         target_kind: str,
     ) -> None:
+        self.sealed = sealed
         self.target_kind = target_kind
         self._samples = dict(samples)
         self._samples_reservation = samples_reservation
@@ -45,8 +47,9 @@ class ShardIndexes:
             for layer in sealed.searched_layers
         }
         self._heads = sealed.shard.kv_heads
-        self._built: dict[int, int] = {}
-        self._pending = set(self.serving) if INDEX_KINDS[target_kind].needs_build else set()
+        needs_build = INDEX_KINDS[target_kind].needs_build
+        self._pending = set(self.serving) if needs_build else set()
+        self._built = dict.fromkeys(self.serving, 0 if needs_build else self._heads)
         self._reservations: list[Reservation] = []
         self._build_cpu_s = 0.0
         self._error = ""
@@ -85,6 +88,7 @@ class ShardIndexes:
         """Notes that a build failed; the index before it goes on answering."""
         with self._lock:
             self._error = f"layer {layer}: {error}"
+            self._built[layer] = 0
             self._settle(layer)
 
     def release(self) -> int:
@@ -103,10 +107,7 @@ class ShardIndexes:
             return IndexStatus(
                 serving_kind=serving,
                 target_kind=serving if done else self.target_kind,
-                built=sum(
-                    self._built.get(layer, 0) if layer in self._pending else self._heads
-                    for layer in self.serving
-                ),
+                built=sum(self._built.values()),
                 total=self._heads * len(self.serving),
                 bytes=sum(index.index_bytes for index in self.serving.values()),
                 build_cpu_s=self._build_cpu_s,
@@ -125,13 +126,17 @@ class ShardIndexes:
 
 
 class Builder:
-    """Builds indexes in background threads of low priority, layer by layer, first come first."""
+    """Builds indexes in background threads of low priority, layer by layer, first come first.
+
+    Queued jobs refer to their shard weakly, and no thread keeps one between jobs: a dropped shard's
+    memory is free at once, however long the queue.
+    """
 
     def __init__(self, memory: MemoryBudget, kind: str, threads: int) -> None:
         self.kind = kind
         INDEX_KINDS[kind]  # an unknown kind fails at start, not at the first seal
         self._memory = memory
-        self._jobs: queue.SimpleQueue[tuple[SealedShard, ShardIndexes, int] | None]
+        self._jobs: queue.SimpleQueue[tuple[weakref.ref[ShardIndexes], int] | None]
         self._jobs = queue.SimpleQueue()
         self._unfinished = 0
         self._idle = threading.Condition()
@@ -142,13 +147,13 @@ class Builder:
         for thread in self._threads:
             thread.start()
 
-    def start(self, sealed: SealedShard, indexes: ShardIndexes) -> None:
+    def start(self, indexes: ShardIndexes) -> None:
         """Queues the builds of a shard's layers."""
         layers = indexes.pending
         with self._idle:
             self._unfinished += len(layers)
         for layer in layers:
-            self._jobs.put((sealed, indexes, layer))
+            self._jobs.put((weakref.ref(indexes), layer))
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Waits until no build is waiting or running; False when the time runs out first."""
@@ -162,17 +167,25 @@ class Builder:
 
     def _work(self) -> None:
         lower_priority()
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._build(*job)
-            finally:
-                with self._idle:
-                    self._unfinished -= 1
-                    self._idle.notify_all()
+        while self._work_once():
+            pass
 
-    def _build(self, sealed: SealedShard, indexes: ShardIndexes, layer: int) -> None:
-        if indexes.cancelled.is_set():
-            return
+    def _work_once(self) -> bool:
+        job = self._jobs.get()
+        if job is None:
+            return False
+        try:
+            indexes, layer = job[0](), job[1]
+            if indexes is not None and not indexes.cancelled.is_set():
+                self._build(indexes, layer)
+        finally:
+            with self._idle:
+                self._unfinished -= 1
+                self._idle.notify_all()
+        return True
+
+    def _build(self, indexes: ShardIndexes, layer: int) -> None:
+        sealed = indexes.sealed
         name = f"{self.kind} index of shard {sealed.shard.shard_id!r}, layer {layer}"
         control = BuildControl(
             lambda built, total: indexes.progressed(layer, built), indexes.cancelled

@@ -18,7 +18,9 @@ class NodeConfig:
 
     listen: str = setting("127.0.0.1:0", "host:port to answer on; port 0 picks a free one")
     advertise: str = setting(
-        "", "host:port others reach this node at; empty for the listen address"
+        "",
+        "host:port others reach this node at; empty for the listen address, with the machine's "
+        "name where that is a wildcard",
     )
     node_id: str = setting("", "stable name of the node; empty for host name and port")
     host: str = setting("", "physical host, for replica placement; empty for the host name")

@@ -32,7 +32,7 @@ class Filling:
     writers: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Served:
     """A sealed shard with the indexes that answer for it."""
 

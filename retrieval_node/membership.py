@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 from collections.abc import Callable
 
 from longreach.rpc.membership import MemberReport
@@ -11,6 +12,7 @@ from longreach.types import NodeStats
 from retrieval_node.config import NodeConfig
 
 _INCARNATION_BITS = 64
+_WILDCARDS = ("", "0.0.0.0", "[::]")
 
 
 def node_reports(
@@ -18,7 +20,7 @@ def node_reports(
 ) -> Callable[[], MemberReport]:
     """Makes reports of this process's life, which has an incarnation number of its own."""
     incarnation = secrets.randbits(_INCARNATION_BITS)
-    advertised = config.advertise or address
+    advertised = config.advertise or _reachable(address)
     member_id = config.node_id or f"{config.host_name}:{address.rpartition(':')[2]}"
 
     def report() -> MemberReport:
@@ -33,3 +35,9 @@ def node_reports(
         )
 
     return report
+
+
+def _reachable(address: str) -> str:
+    """The address as others know it: a wildcard host is only meaningful on this machine."""
+    host, _, port = address.rpartition(":")
+    return f"{socket.gethostname()}:{port}" if host in _WILDCARDS else address

@@ -15,6 +15,7 @@ import os
 import queue
 import secrets
 import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,7 @@ class Snapshots:
         for left in directory.glob("*.tmp"):
             left.unlink()
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[tuple[Served, Mapping[int, QuerySample]] | None]
+        self._jobs: queue.SimpleQueue[tuple[weakref.ref[Served], Mapping[int, QuerySample]] | None]
         self._jobs = queue.SimpleQueue()
         self._unfinished = 0
         self._idle = threading.Condition()
@@ -78,7 +79,7 @@ class Snapshots:
         """Queues a shard for writing; `served.snapshot` names the file once it is on disk."""
         with self._idle:
             self._unfinished += 1
-        self._jobs.put((served, samples))
+        self._jobs.put((weakref.ref(served), samples))
 
     def remove(self, served: Served) -> None:
         """Deletes the file of a shard whose indexes were released; a late write is deleted too."""
@@ -131,20 +132,27 @@ class Snapshots:
 
     def _work(self) -> None:
         lower_priority()
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._write(*job)
-            except OSError as error:
-                shard = job[0].sealed.shard
-                _LOG.error("no snapshot of shard %s: %s", shard.shard_id, error)
-            finally:
-                with self._idle:
-                    self._unfinished -= 1
-                    self._idle.notify_all()
+        while self._work_once():
+            pass
+
+    def _work_once(self) -> bool:
+        """Writes the next shard, if it still is; keeps nothing of it, so that a drop frees it."""
+        job = self._jobs.get()
+        if job is None:
+            return False
+        try:
+            served = job[0]()
+            if served is not None and not served.indexes.cancelled.is_set():
+                self._write(served, job[1])
+        except OSError as error:
+            _LOG.error("a shard was not written to %s: %s", self._directory, error)
+        finally:
+            with self._idle:
+                self._unfinished -= 1
+                self._idle.notify_all()
+        return True
 
     def _write(self, served: Served, samples: Mapping[int, QuerySample]) -> None:
-        if served.indexes.cancelled.is_set():
-            return
         path = self._directory / _file_name(served.sealed)
         temporary = path.with_suffix(".tmp")
         try:
@@ -153,9 +161,9 @@ class Snapshots:
                 if not served.indexes.cancelled.is_set():
                     temporary.rename(path)
                     served.snapshot = path
+            _sync_directory(self._directory)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_directory(self._directory)
 
 
 def write_shard(path: Path, sealed: SealedShard, samples: Mapping[int, QuerySample]) -> None:

@@ -263,7 +263,7 @@ class Store:
         served = Served(sealed, indexes, filling.reservation)
         winner = self._contexts.publish(filling, served)
         if winner is served:
-            self._builder.start(sealed, indexes)
+            self._builder.start(indexes)
             if self._snapshots is not None:
                 self._snapshots.save(served, samples)
         return winner
@@ -274,7 +274,7 @@ class Store:
             sealed, loaded.samples, loaded.samples_reservation, self._builder.kind
         )
         self._contexts.add_loaded(Served(sealed, indexes, loaded.reservation, loaded.path))
-        self._builder.start(sealed, indexes)
+        self._builder.start(indexes)
 
     def _find(self, handle: int) -> tuple[Session, Context | None]:
         session = self._sessions.get(handle)

@@ -39,10 +39,9 @@ class AttendStream:
         ) = None
 
     async def write(self, request: retrieval_pb2.AttendRequest) -> None:
-        """Sends a request; its id is used once on a stream. Raises Unavailable.
+        """Sends a request; its id is used once on a stream. `read` raises what went wrong.
 
-        Every request that was written is read or forgotten, also when a write to another node
-        failed: what is in flight is capped.
+        Every request that was written is read or forgotten: what is in flight is capped.
         """
         stream = self._stream or self._open()
         await stream.write(request.request_id, request)

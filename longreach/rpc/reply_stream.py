@@ -48,6 +48,7 @@ class ReplyStream(Generic[Request, Response]):
         self._call: Call | None = None
         self._reader: asyncio.Task[None] | None = None
         self._write_lock = asyncio.Lock()
+        self._sending: asyncio.Task[None] | None = None
         self._replies: dict[int, asyncio.Future[Response]] = {}
         self._unanswered_bytes: dict[int, int] = {}
         self._in_flight_bytes = 0
@@ -55,8 +56,9 @@ class ReplyStream(Generic[Request, Response]):
     async def write(self, number: int, request: Request) -> None:
         """Sends the request with this number, which is used once on a stream.
 
-        Waits for replies while more than `max_in_flight_bytes` are unanswered. Raises what broke
-        the stream, Unavailable as a rule. Follow it with `read` or `forget`.
+        Returns when the request is on its way; what breaks the stream is raised by `read`. Waits
+        for replies while more than `max_in_flight_bytes` are unanswered. Follow it with `read` or
+        `forget`.
         """
         size = request.ByteSize()
         async with self._write_lock:  # A call takes one write at a time.
@@ -64,15 +66,23 @@ class ReplyStream(Generic[Request, Response]):
                 self._max_in_flight_bytes
             ):
                 await asyncio.wait([self._replies[next(iter(self._unanswered_bytes))]])
+            if self._sending is not None:
+                await self._sending
             call = self._call or self._connect()
-            self._replies[number] = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            self._replies[number] = loop.create_future()
             self._unanswered_bytes[number] = size
             self._in_flight_bytes += size
-            try:
-                await call.write(request)
-            except (grpc.RpcError, asyncio.InvalidStateError) as error:
-                self._break(call, self._meant(error))
-                await self.read(number)
+            # gRPC writes to the socket in the task's first step, which runs now. That the write is
+            # complete it says much later; by then the caller can be computing.
+            self._sending = loop.create_task(self._send(call, request))
+            await asyncio.sleep(0)
+
+    async def _send(self, call: Call, request: Request) -> None:
+        try:
+            await call.write(request)
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            self._break(call, self._meant(error))
 
     async def read(self, number: int, timeout_s: float | None = None) -> Response:
         """The reply to the request with this number, once.
@@ -148,6 +158,7 @@ class ReplyStream(Generic[Request, Response]):
         """Ends the stream; unanswered requests fail with Unavailable."""
         if self._call is not None:
             self._break(self._call, Unavailable(f"the stream to {self._peer} was closed here"))
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait([self._reader])
+        for task in (self._reader, self._sending):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])

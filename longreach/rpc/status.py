@@ -13,10 +13,13 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from longreach.errors import Internal, LongreachError, error_for
+from longreach.errors import Internal, LongreachError, Unavailable, error_for
 
 ERROR_DOMAIN = "longreach"
 """Domain of every ErrorInfo that longreach sends."""
+
+# What grpc.aio says when it writes to a connection that has just broken.
+_WRITE_FAILED_DETAILS = "Internal error from Core"
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ def error_from_rpc(error: grpc.RpcError, *, peer: str = "") -> LongreachError:
     code = error.code().value[0]
     details = error.details() or ""
     status = _rich_status(error)
+    if status is None and details == _WRITE_FAILED_DETAILS:
+        return Unavailable(f"the connection to {peer or 'the peer'} broke while sending")
     if status is None:
         where = f"{peer}: " if peer else ""
         return error_for(code, error.code().name, f"{where}{details or error.code().name}")

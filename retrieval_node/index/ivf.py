@@ -22,8 +22,8 @@ KEYS_PER_CELL = 128
 TRAIN_ROWS_PER_CELL = 64
 """Keys the k-means of the cells is trained on, per cell."""
 
-PROBED_SHARE = 0.25
-"""Share of the cells scanned for a query."""
+PROBED_SHARE = 0.4
+"""Share of the cells scanned for a query: recall of .95 takes 30% to 50% of them."""
 
 SCOPES_REMEMBERED = 16
 """Scopes whose cell sizes are kept for accounting; a session's scope changes every 64 tokens."""
@@ -34,6 +34,8 @@ class IvfIndex(FaissIndex):
     """faiss IndexIVFFlat per KV head."""
 
     kind: ClassVar[str] = "ivf"
+    stated_recall: ClassVar[float] = 0.9
+    """Least recall of the best 64 keys on structured heads, which the shared tests hold it to."""
 
     def __init__(self, kv: LayerKv, heads: list[Any], means: list[FloatArray]) -> None:
         super().__init__(kv, heads, means)

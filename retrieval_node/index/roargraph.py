@@ -37,7 +37,7 @@ from retrieval_node.index.base import (
     LayerKv,
 )
 from retrieval_node.index.faiss_kind import centred_keys
-from retrieval_node.index.kernel_rows import index_answer, kernel_rows
+from retrieval_node.index.kernel_rows import answer_by_budget, index_answer, kernel_rows
 from retrieval_node.index.persistence import CORRUPT, fingerprint, load_index, save_index
 from retrieval_node.index.roargraph_build import (
     BUILD_BEAM,
@@ -68,6 +68,8 @@ class RoarGraphIndex(Index):
     """One projected bipartite graph per KV head, searched and attended in native code."""
 
     kind: ClassVar[str] = "roargraph"
+    stated_recall: ClassVar[float] = 0.9
+    """Least recall of the best 64 keys on structured heads, which the shared tests hold it to."""
 
     def __init__(
         self,
@@ -111,17 +113,15 @@ class RoarGraphIndex(Index):
 
         Rows whose scope costs less to read than to search are read whole inside that call.
         """
-        exact = [rows for rows in batch if rows.budget.exact]
-        searched = [rows for rows in batch if not rows.budget.exact]
-        answers = iter(self._search(searched, scale, softcap, want_selected))
-        whole = iter(self._flat.attend(exact, scale, softcap, want_selected=want_selected))
-        return [next(whole if rows.budget.exact else answers) for rows in batch]
+        return answer_by_budget(
+            batch,
+            lambda rows: self._flat.attend(rows, scale, softcap, want_selected=want_selected),
+            lambda rows: self._search(rows, scale, softcap, want_selected),
+        )
 
     def _search(
         self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool
     ) -> list[IndexAnswer]:
-        if not batch:
-            return []
         kv = self._kv
         answers = attend_graph(
             kv.keys,

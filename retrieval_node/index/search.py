@@ -28,6 +28,7 @@ from retrieval_node.index.base import (
     IndexRows,
     LayerKv,
 )
+from retrieval_node.index.kernel_rows import check_rows, local_scope
 from retrieval_node.index.selection import (
     Found,
     Reads,
@@ -123,7 +124,8 @@ class SearchIndex(Index):
         return [self._answer(rows, to_logits, want_selected) for rows in batch]
 
     def _answer(self, rows: IndexRows, to_logits: Logits, want_selected: bool) -> IndexAnswer:
-        scope = local_rows(rows.scope, self._kv)
+        check_rows(rows, self._kv)
+        scope = local_scope(rows, self._kv)
         if not rows.budget.exact and not self.narrow(scope, first_width(rows)):
             answers = []
             for head in range(rows.queries.shape[1]):
@@ -228,12 +230,6 @@ class SearchIndex(Index):
     @abstractmethod
     def scanned_row_bytes(self) -> int:
         """Bytes the library reads for each key it scans."""
-
-
-def local_rows(scope: Span, kv: LayerKv) -> Span:
-    """The rows of the shard that hold the positions of `scope`; empty where none do."""
-    held = scope.intersect(kv.positions)
-    return Span(held.start - kv.start, held.stop - kv.start) if len(held) else Span(0, 0)
 
 
 def first_width(rows: IndexRows) -> int:

@@ -1,5 +1,8 @@
 // The sketch.
+#include <algorithm>
+
 #include "bind_budgeted.h"
+#include "isa.h"
 #include "sketch.h"
 
 namespace longreach {
@@ -88,6 +91,52 @@ int64_t encode(const AnyArray& keys, const AnyArray& values, const std::string& 
   return bad;
 }
 
+using Weights = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Integers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using IntegersOut = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+// slope, offset and reference of each head, and the softcap.
+using TailTuple = std::tuple<FloatsIn, FloatsIn, FloatsIn, float>;
+
+// The bare scan, so that every tier can be held to the specification.
+int64_t scan(const Bytes& codes, int eight, int four, const Weights& weights,
+             const Integers& thresholds, const IntegersOut& ids, const IntegersOut& scores,
+             const std::optional<TailTuple>& tail, const FloatsOut& sums) {
+  CodeQueries queries{};
+  queries.format = format_of(eight, four);
+  queries.heads = static_cast<int>(weights.shape(0));
+  require(queries.heads >= 1 && queries.heads <= kCodeHeads &&
+              static_cast<int>(weights.shape(1)) == queries.format.quads(),
+          "weights must be [1 to 8 heads, eight + 2 * four]");
+  for (int h = 0; h < queries.heads; ++h)
+    std::copy_n(weights.data() + h * queries.format.quads(), queries.format.quads(), queries.weights[h]);
+  const int64_t summaries = static_cast<int64_t>(sums.size()) / kCodeHeads;
+  const int64_t keys = summaries * kSummaryKeys;
+  require(static_cast<int64_t>(codes.size()) == keys * queries.format.key_bytes(),
+          "codes must be of 64 keys for each row of sums [summaries, 8]");
+  require(static_cast<int>(thresholds.size()) == queries.heads &&
+              static_cast<int64_t>(ids.size()) == keys &&
+              static_cast<int64_t>(scores.size()) == keys * queries.heads,
+          "thresholds must be [heads], ids [keys] and scores [heads * keys]");
+  CodeTail rule{};
+  if (tail) {
+    const auto& [slope, offset, reference, softcap] = *tail;
+    require(static_cast<int>(slope.size()) == queries.heads &&
+                static_cast<int>(offset.size()) == queries.heads &&
+                static_cast<int>(reference.size()) == queries.heads,
+            "slope, offset and reference must be [heads]");
+    std::copy_n(slope.data(), queries.heads, rule.slope);
+    std::copy_n(offset.data(), queries.heads, rule.offset);
+    std::copy_n(reference.data(), queries.heads, rule.reference);
+    rule.softcap = softcap;
+    rule.sums = sums.data();
+  }
+  CodeHits hits{ids.data(), scores.data(), keys, 0};
+  nb::gil_scoped_release unlocked;
+  kernels().code_scan(codes.data(), queries, 0, summaries, thresholds.data(), hits,
+                      tail ? &rule : nullptr);
+  return hits.count;
+}
+
 }  // namespace
 
 void bind_sketch(nb::module_& module) {
@@ -96,6 +145,11 @@ void bind_sketch(nb::module_& module) {
              nb::arg("codes"), nb::arg("summaries"),
              "Fills codes and value summaries of one head. Returns the first key that holds NaN or "
              "infinity, or -1.");
+  module.def("scan_codes", &scan, nb::arg("codes"), nb::arg("eight"), nb::arg("four"),
+             nb::arg("weights"), nb::arg("thresholds"), nb::arg("ids"), nb::arg("scores"),
+             nb::arg("tail").none(), nb::arg("sums"),
+             "The bare scan: fills ids and scores of codes above a threshold and, with `tail`, the "
+             "summed weights of the others; returns how many were found.");
   module.def("attend_sketch", &attend, nb::arg("keys"), nb::arg("values"), nb::arg("storage"),
              nb::arg("heads"), nb::arg("entries"), nb::arg("scale"), nb::arg("softcap"),
              nb::arg("want_selected"), "Each entry's budget over the keys the sketch finds.");

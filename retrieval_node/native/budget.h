@@ -18,6 +18,12 @@ struct Budget {
   bool tail_estimate;
 };
 
+// Whether attending every key is within the budget: it asks for a least mass and caps nothing, or
+// lets what lies outside be estimated, of which the truth is the best estimate.
+inline bool may_use_all(const Budget& budget) {
+  return budget.tail_estimate || (budget.rule == BudgetRule::kMass && budget.ceiling == 0);
+}
+
 // Keeps logits above `threshold` and the first `ties` of those equal to it.
 struct Cut {
   float threshold;

@@ -15,27 +15,12 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// Query rows that share one pass over K and V. Their sums (64 x 128 floats) stay in the L2 cache.
-constexpr int64_t kRowsAtOnce = 64;
 // From this many query rows on, K and V blocks are widened once and scored by panels.
 constexpr int64_t kPanelFrom = 9;
 // Keys scored before their values are read: K and V of a block stay in the L2 cache.
 constexpr int64_t kBlock = 128;
 // A pass is cut along the keys only into pieces at least this long.
 constexpr int64_t kShortestPiece = 2048;
-
-// Query rows [first, first + count) of one KV head over keys [start, stop). Rows are flattened:
-// row r is (r / group, r % group) of the entry.
-struct Piece {
-  const AttentionRows* entry;
-  int head;
-  int64_t first;
-  int64_t count;
-  int64_t start;
-  int64_t stop;
-  float* output;  // [count, value_dim]
-  float* lse;     // [count]
-};
 
 const float* query_of(const Piece& piece, int64_t row, int dim) {
   const AttentionRows& entry = *piece.entry;
@@ -125,22 +110,6 @@ void attend_panels(const KernelTable& k, const Rows& keys, const Rows& values, c
   }
 }
 
-void attend_piece(const KernelTable& k, const LayerKv& kv, const Piece& piece,
-                  const LogitRule& rule) {
-  thread_local Workspace<float> memory;
-  const int head = piece.entry->head_start + piece.head;
-  const Rows keys = kv.keys_of(head);
-  const Rows values = kv.values_of(head);
-  const int64_t rows = (piece.count + kPanel - 1) / kPanel * kPanel;
-  float* scores = memory.reserve(kBlock * kPanel + kPanel + rows * (values.dim + 2));
-  const Sums sums{scores + kBlock * kPanel + kPanel, scores + kBlock * kPanel + kPanel + rows * values.dim,
-                  scores + kBlock * kPanel + kPanel + rows * (values.dim + 1)};
-  start_sums(sums, rows, values.dim);
-  const auto attend = piece.count < kPanelFrom ? attend_tiles : attend_panels;
-  attend(k, keys, values, piece, rule, scores, sums);
-  finish_sums(sums, piece, values.dim);
-}
-
 // All pieces of a batch. Piece outputs are dense in `memory`, a run of `cuts` pieces along the keys
 // for each (entry, head, row tile), in order.
 struct Plan {
@@ -216,6 +185,22 @@ Rows LayerKv::values_of(int head) const {
   rows.data =
       static_cast<const char*>(values.data) + head * value_head_stride * item_bytes(values.type);
   return rows;
+}
+
+void attend_piece(const KernelTable& k, const LayerKv& kv, const Piece& piece,
+                  const LogitRule& rule) {
+  thread_local Workspace<float> memory;
+  const int head = piece.entry->head_start + piece.head;
+  const Rows keys = kv.keys_of(head);
+  const Rows values = kv.values_of(head);
+  const int64_t rows = (piece.count + kPanel - 1) / kPanel * kPanel;
+  float* scores = memory.reserve(kBlock * kPanel + kPanel + rows * (values.dim + 2));
+  const Sums sums{scores + kBlock * kPanel + kPanel, scores + kBlock * kPanel + kPanel + rows * values.dim,
+                  scores + kBlock * kPanel + kPanel + rows * (values.dim + 1)};
+  start_sums(sums, rows, values.dim);
+  const auto attend = piece.count < kPanelFrom ? attend_tiles : attend_panels;
+  attend(k, keys, values, piece, rule, scores, sums);
+  finish_sums(sums, piece, values.dim);
 }
 
 void attend_exact(const LayerKv& kv, const std::vector<AttentionRows>& batch,

@@ -39,6 +39,25 @@ struct AttentionRows {
   int64_t index(int64_t row, int head, int g) const { return (row * heads + head) * group + g; }
 };
 
+// Flattened query rows [first, first + count) of one KV head of an entry, over keys [start, stop).
+// Row r is (r / group, r % group); `head` counts from the entry's first. count <= kRowsAtOnce.
+struct Piece {
+  const AttentionRows* entry;
+  int head;
+  int64_t first;
+  int64_t count;
+  int64_t start;
+  int64_t stop;
+  float* output;  // [count, value_dim]
+  float* lse;     // [count]
+};
+
+// Query rows that share one pass over K and V. Their sums (64 x 128 floats) stay in the L2 cache.
+constexpr int64_t kRowsAtOnce = 64;
+
+// Exact attention of one piece, on the calling thread.
+void attend_piece(const KernelTable& k, const LayerKv& kv, const Piece& piece, const LogitRule& rule);
+
 // Fills output and lse of every entry. Every K and V row is read from memory once for up to
 // kRowsAtOnce query rows. Deterministic for a given pool size.
 void attend_exact(const LayerKv& kv, const std::vector<AttentionRows>& batch, const LogitRule& rule);

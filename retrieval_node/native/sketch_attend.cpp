@@ -78,14 +78,38 @@ void add_tail(const KernelTable& k, const SketchHead& sketch, const HeadTask& ta
   task.figures().tail_rows += kept;
 }
 
+// Exact attention over the whole scope, in one pass.
+void attend_all(const KernelTable& k, const HeadTask& task) {
+  const AttentionRows& rows = task.entry->rows;
+  const int64_t first = task.row * rows.group + task.first;
+  attend_piece(k, *task.kv,
+               {&rows, task.head, first, task.group, rows.start, rows.stop,
+                rows.output + task.index(0) * task.kv->values.dim, rows.lse + task.index(0)},
+               task.rule);
+  task.figures().attended += rows.stop - rows.start;
+  if (!task.entry->selected) return;
+  for (int g = 0; g < task.group; ++g) {
+    auto& list = (*task.entry->selected)[task.index(g)];
+    for (int64_t i = rows.start; i < rows.stop; ++i) list.push_back(static_cast<int32_t>(i));
+  }
+}
+
 void attend_heads(const KernelTable& k, const SketchHead& sketch, const HeadTask& task) {
   thread_local SketchSearch search;
   thread_local ChosenAttention attention;
   Stopwatch watch;
   HeadFigures& figures = task.figures();
   search.run(k, sketch, task);
+  figures.sketched += search.keys_sketched();
+  figures.scanned += search.candidates().count;
+  if (search.everything() && may_use_all(task.entry->budget)) {
+    figures.search_ns += watch.lap();
+    attend_all(k, task);
+    figures.attend_ns += watch.lap();
+    return;
+  }
   attention.score(k, task, search.candidates());
-  const bool estimate = task.entry->budget.tail_estimate && !search.everything();
+  const bool estimate = task.entry->budget.tail_estimate;
   float rest[kCodeHeads];
   for (int g = 0; g < task.group; ++g) rest[g] = search.rest_lse(g);
   // What was read exactly is better than its estimate, so with a tail estimate it all joins.
@@ -93,8 +117,6 @@ void attend_heads(const KernelTable& k, const SketchHead& sketch, const HeadTask
     demote_faint(task, search, attention);
   else
     attention.cut(task, rest);
-  figures.sketched += search.keys_sketched();
-  figures.scanned += search.candidates().count;
   figures.search_ns += watch.lap();
   attention.attend(k, task);
   if (estimate) add_tail(k, sketch, task, search, attention);

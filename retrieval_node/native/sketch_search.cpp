@@ -13,24 +13,32 @@ constexpr int64_t kReadWhole = 4096;
 // .95 on measured heads.
 constexpr double kOversampling = 4.0;
 constexpr int64_t kFewestCandidates = 64;
+// A tail estimate is as good as what it need not estimate: at least this share of the scope is read.
+constexpr double kTailShare = 1.0 / 128;
 // Code blocks sampled to set the bars, and sampled keys that should lie above a bar.
 constexpr int64_t kSampleBlocks = 384;
 constexpr double kSampledAbove = 16;
 // Summaries scanned between two looks at the bars.
 constexpr int64_t kChunk = 128;
 // Standard deviations of the sketch's error allowed for where a rule is about logits.
-constexpr float kErrorMargin = 3.0f;
+constexpr float kErrorMargin = 1.0f;
+// Gathered rows arrive at about a fifth of the rate of rows in order, so beyond this share of the
+// scope it is quicker to read all of it, where the budget allows that.
+constexpr double kGatherShare = 0.2;
 // Each retry lowers the bars to find this many times as many keys.
 constexpr double kWidening = 4.0;
 // A head with more hits than this many times the wanted ones is trimmed before the exact step.
 constexpr double kTrimAbove = 1.5;
 
-double wanted_of(const Budget& budget) {
-  switch (budget.rule) {
-    case BudgetRule::kTopK: return kOversampling * static_cast<double>(budget.top_k) + kFewestCandidates;
-    case BudgetRule::kMass: return kOversampling * static_cast<double>(budget.floor) + kFewestCandidates;
-    default: return kFewestCandidates;
-  }
+// Candidates a head should have.
+double wanted_of(const HeadTask& task) {
+  const Budget& budget = task.entry->budget;
+  const auto length = static_cast<double>(task.entry->rows.stop - task.entry->rows.start);
+  double keys = 0;
+  if (budget.rule == BudgetRule::kTopK) keys = static_cast<double>(budget.top_k);
+  if (budget.rule == BudgetRule::kMass) keys = static_cast<double>(budget.floor);
+  const double wanted = kOversampling * keys + kFewestCandidates;
+  return budget.tail_estimate ? std::max(wanted, kTailShare * length) : wanted;
 }
 
 int32_t as_score(float value) {
@@ -38,8 +46,8 @@ int32_t as_score(float value) {
   return static_cast<int32_t>(std::min(std::max(value, -kLimit), kLimit));
 }
 
-// The mass to look for, so that errors of the sketch do not leave less than `mass`.
-double cautious_mass(double mass, double widening) { return 1.0 - (1.0 - mass) * 0.5 / widening; }
+// The mass to look for: a little more than wanted, as the sketch does not find exactly the best keys.
+double cautious_mass(double mass, double widening) { return 1.0 - (1.0 - mass) * 0.8 / widening; }
 
 }  // namespace
 
@@ -51,7 +59,7 @@ void SketchSearch::run(const KernelTable& k, const SketchHead& sketch, const Hea
   stop_ = std::max(first_, rows.stop / kSummaryKeys);
   sketched_ = 0;
   tail_sums_ = nullptr;
-  const double wanted = wanted_of(budget);
+  const double wanted = wanted_of(task);
   if (budget.rule == BudgetRule::kExact || length <= kReadWhole || 2 * wanted >= length)
     return take_everything(task);
   queries_ = sketch_queries(k, sketch, task);
@@ -61,6 +69,8 @@ void SketchSearch::run(const KernelTable& k, const SketchHead& sketch, const Hea
     scan(k, sketch, task);
     if (!enough(task)) continue;
     trim(task);
+    const bool too_many = static_cast<double>(hits_.count) > kGatherShare * static_cast<double>(length);
+    if (too_many && may_use_all(budget)) break;
     return add_edges(task);
   }
   take_everything(task);
@@ -99,7 +109,7 @@ void SketchSearch::set_bars(const KernelTable& k, const HeadTask& task, double w
   for (int head = 0; head < task.group; ++head) {
     floored_[head] = false;
     if (budget.rule == BudgetRule::kTopK) {
-      bars_[head] = bar_for_count(head, wanted_of(budget) * widening);
+      bars_[head] = bar_for_count(head, wanted_of(task) * widening);
     } else if (budget.rule == BudgetRule::kBeta) {
       const float* scores = sampled_scores(head);
       bars_[head] = bar_for_beta(head, budget.beta, as_score(*std::max_element(scores, scores + sampled_)));
@@ -107,7 +117,7 @@ void SketchSearch::set_bars(const KernelTable& k, const HeadTask& task, double w
       int32_t bar = bar_for_mass(k, task, head, cautious_mass(budget.mass, widening));
       if (budget.ceiling > 0)
         bar = std::max(bar, bar_for_count(head, kOversampling * static_cast<double>(budget.ceiling)));
-      bars_[head] = std::min(bar, bar_for_count(head, wanted_of(budget) * widening));
+      bars_[head] = std::min(bar, bar_for_count(head, wanted_of(task) * widening));
     }
   }
   raise_to_floor(task);
@@ -239,7 +249,7 @@ void SketchSearch::trim(const HeadTask& task) {
   const Budget& budget = task.entry->budget;
   for (int head = 0; head < task.group; ++head) {
     const int32_t* scores = hits_.scores + head * hits_.capacity;
-    int64_t wanted = static_cast<int64_t>(wanted_of(budget));
+    int64_t wanted = static_cast<int64_t>(wanted_of(task));
     if (budget.rule == BudgetRule::kMass) {
       const double sum = hit_weights(head) + tail_total(head);
       wanted = std::max(wanted, fewest_for_sum(column_.reserve(0), hits_.count,

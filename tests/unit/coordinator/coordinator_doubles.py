@@ -97,6 +97,10 @@ class FakeNode(retrieval_pb2_grpc.RetrievalServiceServicer):
         return NodeStats(self.limit_bytes, 0, 0, 0, 0, 0, 0, WorkFigures(), "numpy")
 
     @map_errors
+    def Stats(self, request: Any, context: Any) -> Any:
+        return wire.node_stats_to_proto(self.stats())
+
+    @map_errors
     def Drop(self, request: Any, context: Any) -> Any:
         security.verify(
             request.capability,

@@ -40,7 +40,8 @@ async def test_contexts_outlive_the_coordinator(tmp_path):
     world.stop_doubles()
 
 
-async def test_a_context_is_unavailable_until_all_its_nodes_are_back(tmp_path):
+async def test_a_context_is_unavailable_until_all_its_nodes_are_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.settling.PATIENCE_S", 0.1)
     world = new_world(data_dir=str(tmp_path))
     async with running_world(world):
         context = await world.context(TOKENS)
@@ -51,6 +52,24 @@ async def test_a_context_is_unavailable_until_all_its_nodes_are_back(tmp_path):
         assert "node-1" in error.message
         world.silent.clear()
         await _becomes(world, context.context_id, pb.CONTEXT_STATE_READY)
+    world.stop_doubles()
+
+
+async def test_requests_right_after_a_restart_wait_for_nodes_to_register(tmp_path):
+    world = new_world(data_dir=str(tmp_path))
+    async with running_world(world):
+        context = await world.context(TOKENS)
+    world.silent.add("node-1")
+    async with running_world(world):
+        found = asyncio.create_task(world.create(TOKENS))
+        answered = asyncio.create_task(
+            world.generate([3], context_id=context.context_id, max_tokens=2)
+        )
+        await asyncio.sleep(0.1)
+        world.silent.clear()
+        assert (await found)[-1].found
+        assert (await answered).token_ids == answer([*TOKENS, 3], 2)
+    assert world.workers["worker-0"].prefills == 1
     world.stop_doubles()
 
 

@@ -62,8 +62,9 @@ def test_too_long_an_answer_is_refused() -> None:
 
 
 def test_the_program_prints_the_tokens_of_every_question(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(reference, "configure", lambda: None)
     model = saved_model("llama", tmp_path / "model")
     asked = {"context": random_tokens(70), "questions": [random_tokens(4), random_tokens(6)]}
     (tmp_path / "asked.json").write_text(json.dumps(asked))
@@ -73,7 +74,10 @@ def test_the_program_prints_the_tokens_of_every_question(
     assert [len(answer) for answer in answers] == [5, 5]
 
 
-def test_the_program_says_what_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_program_says_what_is_wrong(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "configure", lambda: None)
     (tmp_path / "asked.json").write_text(json.dumps({"context": [1], "questions": [[9999]]}))
     model = saved_model("llama", tmp_path / "model")
     assert reference.main(["--model", str(model), "--tokens", str(tmp_path / "asked.json")]) == 2

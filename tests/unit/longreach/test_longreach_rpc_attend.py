@@ -76,6 +76,11 @@ def answered(response):
     return float(result.partial.lse[0, 0])
 
 
+async def ask(stream, request_id):
+    await stream.write(request(request_id))
+    return answered(await stream.read(request_id))
+
+
 async def test_replies_find_the_request_they_answer_though_they_come_out_of_order(stream):
     for request_id in (1, 2, 3):
         await stream.write(request(request_id, HOLD))
@@ -97,11 +102,8 @@ async def test_all_requests_share_one_stream(stream, node):
 
 
 async def test_requests_written_by_many_tasks_are_all_answered(stream):
-    async def ask(request_id):
-        await stream.write(request(request_id))
-        return answered(await stream.read(request_id))
-
-    assert await asyncio.gather(*map(ask, range(1, 33))) == list(range(1, 33))
+    numbers = list(range(1, 33))
+    assert await asyncio.gather(*(ask(stream, number) for number in numbers)) == numbers
 
 
 def test_the_loop_may_stop_between_write_and_read(node):
@@ -161,11 +163,10 @@ async def test_a_stream_reconnects_when_the_node_is_back(stream, node):
     await stream.write(request(1))
     await stream.read(1)
     node.server.stop(None).wait()
-    with pytest.raises(Unavailable):
-        async with asyncio.timeout(BOUNDED_S):
-            for request_id in range(2, 100):
-                await stream.write(request(request_id))
-                await stream.read(request_id)
+    async with asyncio.timeout(BOUNDED_S):
+        for request_id in (2, 3):
+            with pytest.raises(Unavailable):
+                await ask(stream, request_id)
     port = int(node.address.rsplit(":", 1)[1])
     restarted = Node()
     with serving(add_RetrievalServiceServicer_to_server, restarted, port):
@@ -174,8 +175,7 @@ async def test_a_stream_reconnects_when_the_node_is_back(stream, node):
             while True:
                 request_id += 1
                 try:
-                    await stream.write(request(request_id))
-                    assert answered(await stream.read(request_id)) == request_id
+                    assert await ask(stream, request_id) == request_id
                     break
                 except Unavailable:
                     await asyncio.sleep(0.05)
@@ -188,8 +188,7 @@ async def test_an_address_where_nobody_answers_is_unavailable_at_once():
     stream = AttendStream(f"127.0.0.1:{free}")
     async with asyncio.timeout(BOUNDED_S):
         with pytest.raises(Unavailable, match=str(free)):
-            await stream.write(request(1))
-            await stream.read(1)
+            await ask(stream, 1)
     await stream.close()
 
 

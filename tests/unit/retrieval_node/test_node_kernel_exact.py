@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -68,9 +70,7 @@ def test_exact_attention_equals_the_specification(tier, storage, shape, softcap)
     keys, values = random_kv(rng, heads, n, head_dim, value_dim, storage)
     queries = rng.standard_normal((rows, heads, group, head_dim), np.float32)
     scale = head_dim**-0.5
-    [part] = kernel.attend_exact(
-        keys, values, [KernelRows(queries, 0, 3, n - 2)], scale, softcap
-    )
+    [part] = kernel.attend_exact(keys, values, [KernelRows(queries, 0, 3, n - 2)], scale, softcap)
     assert_close(part, reference(queries, keys, values, 3, n - 2, scale, softcap))
 
 
@@ -94,9 +94,7 @@ def test_heads_and_scopes_of_a_batch_are_independent(tier):
     for rows, part in zip(batch, kernel.attend_exact(keys, values, batch, 0.2), strict=True):
         stop = rows.kv_head_start + rows.queries.shape[1]
         heads = slice(rows.kv_head_start, stop)
-        expected = reference(
-            rows.queries, keys[heads], values[heads], rows.start, rows.stop, 0.2
-        )
+        expected = reference(rows.queries, keys[heads], values[heads], rows.start, rows.stop, 0.2)
         assert_close(part, expected)
 
 
@@ -116,7 +114,7 @@ def test_parts_of_a_scope_merge_into_the_whole(tier):
     cuts = [0, 1, 130, 131, 699, 700]
     parts = [
         kernel.attend_exact(keys, values, [KernelRows(queries, 0, a, b)], 0.3)[0]
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in pairwise(cuts)
     ]
     [whole] = kernel.attend_exact(keys, values, [KernelRows(queries, 0, 0, 700)], 0.3)
     assert_close(merge(parts), whole)

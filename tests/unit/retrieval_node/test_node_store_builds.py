@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +25,7 @@ from longreach.types import AttendResult, IndexStatus, QuerySample, Span
 from retrieval_node.builds import Builder
 from retrieval_node.index.base import INDEX_KINDS, Index
 from retrieval_node.memory import MemoryBudget
+from retrieval_node.snapshot import Snapshots
 from retrieval_node.store import Store
 
 FLAT = INDEX_KINDS["flat"]
@@ -74,10 +77,16 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made.go_on.set()
 
 
-def gated_store(limit_bytes: int = 1 << 20) -> tuple[Store, Builder]:
-    memory = MemoryBudget(limit_bytes)
+def arrays_of(store: Store, context_id: str) -> list[weakref.ref]:
+    """Weak references to the keys of both layers of a context's only shard."""
+    (served,) = store._contexts.get(context_id).served.values()
+    return [weakref.ref(kv.keys) for kv in served.sealed.layers.values()]
+
+
+def gated_store(snapshots: Snapshots | None = None) -> tuple[Store, Builder]:
+    memory = MemoryBudget(1 << 20)
     builder = Builder(memory, "gated", 1)
-    return Store(secret=SECRET, memory=memory, builder=builder), builder
+    return Store(secret=SECRET, memory=memory, builder=builder, snapshots=snapshots), builder
 
 
 def put_with_sample(store: Store, sequence: Sequence) -> None:
@@ -161,6 +170,7 @@ def test_a_failed_build_is_shown_and_flat_goes_on_answering(gate):
     assert builder.wait_idle(10)
     failed = status(store)
     assert (failed.serving_kind, failed.target_kind) == ("flat", "gated")
+    assert (failed.built, failed.total) == (0, 4)
     assert "ArithmeticError: no such luck" in failed.error
     handle, _ = open_session(store, sequence, 30)
     assert kind_that_answers(store, sequence, handle) == "flat"
@@ -188,6 +198,25 @@ def test_an_index_that_is_finished_after_the_drop_is_not_counted(gate):
     gate.go_on.set()
     assert builder.wait_idle(10)
     assert store.stats().index_bytes == 0
+
+
+def test_a_drop_frees_the_arrays_of_shards_that_are_built_or_wait_for_a_build(gate, tmp_path):
+    first, second = Sequence(30), Sequence(20, context_id="ctx-second")
+    store, builder = gated_store(snapshots=Snapshots(tmp_path))
+    put_with_sample(store, first)
+    assert gate.entered.wait(10)
+    put_with_sample(store, second)
+    waiting = arrays_of(store, "ctx-second")
+    store.drop("ctx-second", write_capability("ctx-second"))
+    store._snapshots.wait_idle(10)
+    gc.collect()
+    assert [array() for array in waiting] == [None, None]
+    gate.go_on.set()
+    assert builder.wait_idle(10)
+    built = arrays_of(store, "ctx-test")
+    store.drop("ctx-test", write_capability())
+    gc.collect()
+    assert [array() for array in built] == [None, None]
 
 
 def test_an_unknown_kind_fails_at_start_and_names_the_known_ones():

@@ -1,0 +1,148 @@
+"""Chunked prefill: the same logits, keys and values however it is cut; cancelled between chunks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+from worker_models import (
+    FAMILIES,
+    assert_logits_equal,
+    eager,
+    eager_logits,
+    random_model,
+    random_tokens,
+)
+
+from gpu_worker.chunking import FixedChunks, sample_positions
+from gpu_worker.model import Model
+from gpu_worker.prefill import PrefillJob
+from longreach.errors import Cancelled
+from longreach.types import IntArray, StorageArray
+
+TOKENS = random_tokens(290)
+
+
+class KeepingSink:
+    """Keeps what a prefill sends."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, list[StorageArray]] = {}
+        self.values: dict[int, list[StorageArray]] = {}
+        self.starts: list[tuple[int, int]] = []
+        self.queries: dict[int, StorageArray] = {}
+        self.positions: dict[int, IntArray] = {}
+
+    def put(self, layer: int, start: int, keys: StorageArray, values: StorageArray) -> None:
+        self.starts.append((layer, start))
+        self.keys.setdefault(layer, []).append(keys)
+        self.values.setdefault(layer, []).append(values)
+
+    def put_queries(self, layer: int, positions: IntArray, queries: StorageArray) -> None:
+        self.positions[layer], self.queries[layer] = positions, queries
+
+
+def prefill(model: Model, chunk: int, tokens: tuple[int, ...] = TOKENS) -> KeepingSink:
+    sink = KeepingSink()
+    sink.logits = PrefillJob(tokens, model.layers, sink, FixedChunks(chunk)).run(  # type: ignore[attr-defined]
+        model.module, model.device
+    )
+    return sink
+
+
+@pytest.mark.parametrize("chunk", [64, 128, 4096])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_eager_attention_for_any_chunk(family: str, chunk: int) -> None:
+    model = random_model(family)
+    want = eager_logits(model, TOKENS)[-1]
+    assert_logits_equal(prefill(model, chunk).logits, want)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
+def test_keys_and_values_are_those_of_transformers_own_cache(family: str) -> None:
+    model = random_model(family)
+    cache = DynamicCache()
+    ids = torch.tensor([TOKENS])
+    eager(model, lambda module: module(input_ids=ids, past_key_values=cache, use_cache=True))
+    sink = prefill(model, 128)
+    for layer in range(len(model.layers)):
+        keys, values = cache.layers[layer].keys[0], cache.layers[layer].values[0]
+        np.testing.assert_allclose(np.concatenate(sink.keys[layer], 1), keys, atol=2e-5)
+        np.testing.assert_allclose(np.concatenate(sink.values[layer], 1), values, atol=2e-5)
+
+
+def test_layers_come_one_after_another_and_chunks_in_order() -> None:
+    sink = prefill(random_model("llama"), 128)
+    assert sink.starts == [(layer, start) for layer in range(3) for start in (0, 128, 256)]
+
+
+def test_queries_are_sampled_for_searched_layers_only() -> None:
+    model = random_model("gemma2")
+    sink = prefill(model, 64)
+    assert list(sink.queries) == [1]
+    assert sink.queries[1].shape == (4, len(sample_positions(290)), 16)
+    assert np.array_equal(sink.positions[1], sample_positions(290))
+
+
+def test_sampled_queries_attend_as_the_model_does() -> None:
+    """The sample of layer 0 gives layer 0's attention, seen through the keys that were sent."""
+    model = random_model("llama")
+    sink, whole = prefill(model, 64), prefill(model, 4096)
+    for layer in range(3):
+        np.testing.assert_allclose(sink.queries[layer], whole.queries[layer], atol=2e-5)
+    attention = model.module.model.layers[0].self_attn
+    hidden = model.module.model.layers[0].input_layernorm(
+        model.module.model.embed_tokens(torch.tensor([TOKENS]))
+    )
+    # Rope turns pairs but keeps lengths, so sampled queries have the projections' norms.
+    norms = attention.q_proj(hidden)[0].reshape(290, 4, -1).norm(dim=-1)[sink.positions[0]]
+    np.testing.assert_allclose(
+        np.linalg.norm(sink.queries[0], axis=-1).T, norms.detach(), rtol=1e-4
+    )
+
+
+def test_one_buffer_serves_all_layers() -> None:
+    model = random_model("llama")
+    job = PrefillJob(TOKENS, model.layers, KeepingSink(), FixedChunks(64))
+    job.run(model.module, model.device)
+    assert len(job._buffers) == 1
+    ((keys, values),) = job._buffers.values()
+    assert keys.shape == values.shape == (2, 290, 16)
+
+
+def test_the_last_layer_works_for_the_last_chunk_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("llama")
+    last = model.module.model.layers[-1]
+    rows: list[int] = []
+    inner = last.mlp.forward
+    monkeypatch.setattr(last.mlp, "forward", lambda x: (rows.append(x.shape[1]), inner(x))[1])
+    prefill(model, 128)
+    assert rows == [290 - 256]
+
+
+@pytest.mark.parametrize("at", [(0, 0), (1, 128), (2, 256)])
+def test_a_prefill_is_cancelled_between_two_chunks_and_the_next_one_is_whole(
+    at: tuple[int, int],
+) -> None:
+    model = random_model("llama")
+    want = prefill(model, 128).logits  # type: ignore[attr-defined]
+    sink = KeepingSink()
+
+    def point(layer: int, tokens_done: int) -> bool:
+        if (layer, tokens_done) == at:
+            raise Cancelled("the caller went away")
+        return False
+
+    job = PrefillJob(TOKENS, model.layers, sink, FixedChunks(128), point)
+    with pytest.raises(Cancelled):
+        job.run(model.module, model.device)
+    assert len(sink.starts) == at[0] * 3 + at[1] // 128
+    assert torch.equal(prefill(model, 128).logits, want)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65])
+def test_short_prompts_are_prefilled_too(tokens: int) -> None:
+    model = random_model("qwen3")
+    want = eager_logits(model, TOKENS[:tokens])[-1]
+    assert_logits_equal(prefill(model, 64, TOKENS[:tokens]).logits, want)  # type: ignore[attr-defined]
