@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_FILE_WIDTH = 160
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -137,7 +139,7 @@ def commit() -> str | None:
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Tables of results, targets and what was skipped."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     if report.results:
         console.print(_table(report.benchmark, report.results))
     if report.targets:

@@ -43,6 +43,10 @@ class ContextBook:
         """Writes a record to the catalog only."""
         await self._catalog.put(record, token_ids)
 
+    async def token_ids(self, context_id: str) -> tuple[int, ...] | None:
+        """A context's tokens, or None where they are not known."""
+        return await self._catalog.token_ids(context_id)
+
     def forget(self, context_id: str) -> None:
         """Removes a context from memory and leaves a tombstone."""
         self.records.pop(context_id, None)

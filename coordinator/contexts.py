@@ -27,12 +27,12 @@ from coordinator.index_progress import IndexProgress, IndexSummary
 from coordinator.models import Models
 from coordinator.placement.base import ContextToPlace, check_room
 from coordinator.placement.planner import place, policy_names
+from coordinator.prefixes import PrefixIndex
 from coordinator.requests import (
     NewContext,
     check_context_length,
     check_new_context,
     check_token_ids,
-    choose_model,
 )
 from coordinator.settling import Settling
 from coordinator.sweeper import Sweeper
@@ -60,7 +60,8 @@ class ContextProgress:
 class Contexts:
     """Every context of the cluster.
 
-    `on_delete` ends the generations on a context before its KV goes.
+    `on_delete` ends the generations on a context before its KV goes; `on_sessions` is told which
+    sessions a node has open.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Contexts:
         models: Models,
         config: CoordinatorConfig,
         on_delete: Callable[[str, LongreachError], Awaitable[None]],
+        on_sessions: Callable[[list[str]], None],
     ) -> None:
         self._cluster = cluster
         self._driver = driver
@@ -78,6 +80,7 @@ class Contexts:
         self._config = config
         self._on_delete = on_delete
         self._last_worker: dict[str, str] = {}
+        self._prefixes = PrefixIndex()
         self.tenant = tenancy.tenant_digest(
             config.cluster_secret.encode(), tenancy.DEFAULT_PRINCIPAL
         )
@@ -93,10 +96,17 @@ class Contexts:
             self._sweeper,
             index_reserve=config.index_reserve,
             fills_max=max(1, config.max_waiting),
-            on_filled=self.used_by,
+            on_filled=self._filled,
         )
         self.settling = Settling(
-            self._book, cluster, driver, models, self._holdings, self._filling, self._sweeper
+            self._book,
+            cluster,
+            driver,
+            models,
+            self._holdings,
+            self._filling,
+            self._sweeper,
+            on_sessions=on_sessions,
         )
 
     async def start(self) -> None:
@@ -104,6 +114,9 @@ class Contexts:
         await self._book.load()
         for record in list(self._book.records.values()):
             self._book.show(settled(record, self._holdings.missing(record)))
+            token_ids = await self._book.token_ids(record.context_id)
+            if token_ids is not None:
+                self._prefixes.add(record.context_id, record.identity, token_ids)
 
     async def drain(self, grace_s: float) -> None:
         """Stores nothing more; what is being stored may finish within the grace."""
@@ -157,6 +170,17 @@ class Contexts:
             reason="CONTEXT_NOT_READY",
         )
 
+    def longest_prefix(
+        self, model: ModelInfo, token_ids: Sequence[int]
+    ) -> tuple[ContextRecord, int] | None:
+        """A READY context that begins as these tokens do, and how many of them it shares."""
+        identity = dataclasses.replace(model.identity, tenant=self.tenant)
+        found = self._prefixes.longest(identity, token_ids, self._is_ready)
+        if found is None:
+            return None
+        context_id, stop = found
+        return self._readdressed(self._book.records[context_id]), stop
+
     def last_worker(self, context_id: str) -> str:
         """The worker that used the context last, which may have it warm; empty if none."""
         return self._last_worker.get(context_id, "")
@@ -170,7 +194,7 @@ class Contexts:
     async def create(self, request: NewContext) -> AsyncGenerator[ContextProgress, None]:
         """Stores what a client sent; closing the iterator early drops it."""
         check_new_context(request, policy_names())
-        model = choose_model(request.model, self._models.served())
+        model = self._models.choose(request.model)
         token_ids = await self._models.encode(model, request.prompt, starts=True)
         async with contextlib.aclosing(
             self.store(model, token_ids, name=request.name, placement=request.placement)
@@ -195,6 +219,7 @@ class Contexts:
         if fill is None:
             known = self._book.records.get(context_id)
             if known is not None and known.state is ContextState.READY:
+                self._prefixes.add(context_id, identity, token_ids)  # nodes do not tell the tokens
                 yield ContextProgress(self._readdressed(known), found=True)
                 return
             to_place = _to_place(context_id, Span(0, len(token_ids)), model, len(token_ids))
@@ -216,6 +241,7 @@ class Contexts:
         self._book.forget(context_id)
         self._holdings.dropped(context_id)
         self._last_worker.pop(context_id, None)
+        self._prefixes.remove(context_id)
         await self._book.erase(context_id)
         nodes = self._book.reachable(record.node_ids)
         return (await self._driver.drop(context_id, self.tenant, nodes)).bytes_freed
@@ -234,6 +260,14 @@ class Contexts:
         shards = tuple(s for s in record.shard_map.shards if set(s.node_ids) <= alive)
         on_alive = dataclasses.replace(record.shard_map, shards=shards)
         check_room(_to_place(record.context_id, Span(0, 0), model, tokens), on_alive, view, 0.0)
+
+    def _is_ready(self, context_id: str) -> bool:
+        record = self._book.records.get(context_id)
+        return record is not None and record.state is ContextState.READY
+
+    def _filled(self, record: ContextRecord, token_ids: tuple[int, ...], worker_id: str) -> None:
+        self._prefixes.add(record.context_id, record.identity, token_ids)
+        self.used_by(record.context_id, worker_id)
 
     def _readdressed(self, record: ContextRecord) -> ContextRecord:
         return dataclasses.replace(record, shard_map=self._cluster.readdress(record.shard_map))

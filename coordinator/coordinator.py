@@ -84,7 +84,13 @@ class Coordinator:
         )
         self._models = Models(self._cluster)
         self.contexts = Contexts(
-            self._catalog, self._cluster, self._driver, self._models, config, self._end_sessions
+            self._catalog,
+            self._cluster,
+            self._driver,
+            self._models,
+            config,
+            on_delete=self._end_sessions,
+            on_sessions=self._sessions_found,
         )
         self.sessions = Sessions(
             self._cluster, self._driver, self.contexts, self._models, config, self._worker_lost
@@ -159,13 +165,16 @@ class Coordinator:
             if action.change is not Change.LEFT:  # a worker that leaves finishes what it has
                 self.sessions.worker_down(action.member_id, error)
             self._spawn(self.contexts.settling.node_down(action.member_id))
+        if action.change is Change.RESTARTED or (is_node and action.change is Change.RECOVERED):
+            self._driver.renew(action.member_id)
         if action.change in _UP:
             settling = self.contexts.settling
-            up = settling.node_up(action.member_id) if is_node else settling.settle()
-            self._spawn(up)
+            self._spawn(settling.node_up(action.member_id) if is_node else settling.settle())
+            self._close_orphans()
 
     def _worker_lost(self, worker_id: str, error: LongreachError) -> None:
         if isinstance(error, Unavailable):
+            self._driver.renew(worker_id)
             self._apply(Unreachable(worker_id))
 
     async def _watch_clock(self) -> None:
@@ -184,6 +193,14 @@ class Coordinator:
         if ready != self._ready and self._on_ready is not None:
             self._ready = ready
             await self._on_ready(ready)
+
+    def _sessions_found(self, session_ids: list[str]) -> None:
+        self.sessions.orphans.report(session_ids)
+        self._close_orphans()
+
+    def _close_orphans(self) -> None:
+        workers = [member.member_id for member in self._cluster.workers()]
+        self._spawn(self.sessions.orphans.close(workers))
 
     async def _end_sessions(self, context_id: str, error: LongreachError) -> None:
         await self.sessions.abort_context(context_id, error)

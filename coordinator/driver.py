@@ -31,6 +31,8 @@ from longreach.types import (
 
 # How long a worker may use what it was allowed to: longer than any prefill or generation.
 CAPABILITY_TTL_S = 24 * 3600.0
+# How long calls on a replaced connection may take to end.
+RETIRE_S = CONTROL_TIMEOUT_S
 _log = logging.getLogger(__name__)
 P = TypeVar("P", bound="Peer")
 
@@ -119,7 +121,7 @@ class Driver:
         self._node_client = node_client
         self._workers: dict[str, WorkerPeer] = {}
         self._nodes: dict[str, NodePeer] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._retired: dict[Peer, asyncio.Task[None]] = {}
 
     def worker(self, worker_id: str) -> WorkerPeer:
         """The client of a worker, at its current address."""
@@ -128,6 +130,14 @@ class Driver:
     def node(self, node_id: str) -> NodePeer:
         """The client of a node, at its current address."""
         return self._client(node_id, self._nodes, self._node_client)
+
+    def renew(self, member_id: str) -> None:
+        """Connects anew to a member at its next call: the old connection is broken, and would
+        answer "unavailable" without trying until its backoff has passed."""
+        for clients in (self._workers, self._nodes):
+            client = clients.pop(member_id, None)
+            if client is not None:
+                self._retire(client)
 
     def write_capability(self, context_id: str, tenant: str) -> bytes:
         """Leave to put, seal and drop a context."""
@@ -158,6 +168,15 @@ class Driver:
         )
         return Dropped(sum(a for a in answers if isinstance(a, int)), failed)
 
+    async def inventory(self, node_id: str) -> tuple[list[ShardInventory], list[str]] | None:
+        """Every shard and every session of a node; None when it does not answer."""
+
+        async def ask() -> tuple[list[ShardInventory], list[str]]:
+            return await self.node(node_id).inventory()
+
+        answer = await _answer(ask())
+        return None if isinstance(answer, LongreachError) else answer
+
     async def inventories(
         self, node_ids: Iterable[str], context_id: str = "", *, timeout_s: float = CONTROL_TIMEOUT_S
     ) -> dict[str, list[ShardInventory]]:
@@ -171,15 +190,6 @@ class Driver:
             for name, answer in zip(names, answers, strict=True)
             if not isinstance(answer, LongreachError)
         }
-
-    async def sessions(self, node_id: str) -> list[str]:
-        """Sessions that a node has open; none where it does not answer."""
-
-        async def ask() -> list[str]:
-            return (await self.node(node_id).inventory(NO_CONTEXT))[1]
-
-        answer = await _answer(ask())
-        return [] if isinstance(answer, LongreachError) else answer
 
     async def refreshed(self, reports: Sequence[Heartbeat], timeout_s: float) -> list[Heartbeat]:
         """Members' reports with what they say now; those that do not answer keep the old."""
@@ -199,10 +209,12 @@ class Driver:
 
     async def close(self) -> None:
         """Ends every connection."""
-        clients: list[Peer] = [*self._workers.values(), *self._nodes.values()]
+        clients: list[Peer] = [*self._workers.values(), *self._nodes.values(), *self._retired]
         self._workers.clear()
         self._nodes.clear()
-        await asyncio.gather(*(client.close() for client in clients), *self._closing)
+        for task in self._retired.values():
+            task.cancel()
+        await asyncio.gather(*(client.close() for client in clients))
 
     async def _drop_on(self, node_id: str, context_id: str, capability: bytes) -> int:
         return await self.node(node_id).drop(context_id, capability)
@@ -216,11 +228,19 @@ class Driver:
         if client is not None and client.address == address:
             return client
         if client is not None:
-            task = asyncio.create_task(client.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._retire(client)
         clients[member_id] = make(address)
         return clients[member_id]
+
+    def _retire(self, client: Peer) -> None:
+        """Closes a client later: calls that are still under way on it end by themselves."""
+
+        async def close() -> None:
+            await asyncio.sleep(RETIRE_S)
+            await client.close()
+
+        task = self._retired[client] = asyncio.create_task(close())
+        task.add_done_callback(lambda _: self._retired.pop(client, None))
 
 
 T = TypeVar("T")

@@ -42,7 +42,7 @@ class Filling:
     """Every context that is being stored.
 
     `index_reserve`: room for indexes, as a share of K and V. `fills_max`: more are refused.
-    `on_filled` learns which worker prefilled a context.
+    `on_filled` is told the record, its tokens and the worker that prefilled it.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Filling:
         *,
         index_reserve: float,
         fills_max: int,
-        on_filled: Callable[[str, str], None],
+        on_filled: Callable[[ContextRecord, tuple[int, ...], str], None],
     ) -> None:
         self._book = book
         self._cluster = cluster
@@ -176,7 +176,7 @@ class Filling:
             fill, state=ContextState.READY, prefill_fraction=1.0, prefill_s=summary.total_s
         )
         self._close(fill)
-        self._on_filled(fill.record.context_id, worker_id)
+        self._on_filled(fill.record, token_ids, worker_id)
         _log.info(
             "context %s: %d tokens prefilled in %.1f s by %s; %s",
             fill.record.context_id,

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from coordinator.cluster import Cluster
-from coordinator.requests import Prompt
+from coordinator.cluster import Cluster, MemberState
+from coordinator.requests import Prompt, choose_model
 from coordinator.tokenizer import Tokenizer
 from longreach.errors import FailedPrecondition, LongreachError
 from longreach.steps import ModelInfo
@@ -46,6 +46,15 @@ class Models:
             for member in self._cluster.workers()
             if member.report.worker
         }
+
+    def choose(self, wanted: str) -> ModelInfo:
+        """The model a request means (see `choose_model`)."""
+        away = {
+            member.report.worker.model.model
+            for member in self._cluster.members()
+            if member.report.worker and member.state is not MemberState.LEAVING
+        }
+        return choose_model(wanted, self.served(), away)
 
     def with_identity(self, identity: Identity) -> ModelInfo | None:
         """The model whose KV has this identity (tenant left empty), if a worker runs it."""

@@ -36,9 +36,7 @@ class SessionNames:
 class Orphans:
     """Finds and closes sessions that nobody drives. `lives` says whether a session is driven."""
 
-    def __init__(
-        self, names: SessionNames, driver: Driver, lives: Callable[[str], bool]
-    ) -> None:
+    def __init__(self, names: SessionNames, driver: Driver, lives: Callable[[str], bool]) -> None:
         self._names = names
         self._driver = driver
         self._lives = lives

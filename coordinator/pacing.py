@@ -29,11 +29,10 @@ class QuestionPace:
         fitting = int(self._step_s / self._token_s)
         return min(self._tokens_max, max(TOKENS_MIN, fitting))
 
-    def observe(self, question_tokens: int, decoders: int, step_s: float) -> None:
-        """Takes the time of a step (seconds)."""
+    def observe(self, question_tokens: int, step_s: float) -> None:
+        """Takes the time of a step (seconds); a pure decode step tells what a step costs anyway."""
         if question_tokens == 0:
             self._decode_s += NEWEST * (step_s - self._decode_s) if self._decode_s else step_s
-            return
-        beside = self._decode_s if decoders else 0.0
-        cost = max(0.0, step_s - beside) / question_tokens
-        self._token_s += NEWEST * (cost - self._token_s) if self._token_s else cost
+        elif question_tokens >= TOKENS_MIN:
+            cost = max(0.0, step_s - self._decode_s) / question_tokens
+            self._token_s += NEWEST * (cost - self._token_s) if self._token_s else cost

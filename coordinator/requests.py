@@ -6,10 +6,10 @@ Each check raises InvalidRequest (or NotFound) naming the value, the limit and t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from longreach.errors import InvalidRequest, NotFound
+from longreach.errors import InvalidRequest, NotFound, Unavailable
 from longreach.steps import ModelInfo
 from longreach.types import Budget, SamplingParams
 
@@ -160,15 +160,27 @@ def answer_tokens(
     return request.max_tokens or min(default, left)
 
 
-def choose_model(wanted: str, models: Mapping[str, ModelInfo]) -> ModelInfo:
-    """The model a request means; an empty name means the only one that is served."""
-    served = ", ".join(sorted(models)) or "none yet: no worker is alive"
-    if wanted:
-        if wanted not in models:
-            raise NotFound(f"model {wanted!r} is not served; served: {served}", reason="NO_MODEL")
-        return models[wanted]
-    if not models:
-        raise NotFound(f"no model is served; served: {served}", reason="NO_MODEL")
-    if len(models) > 1:
-        raise InvalidRequest(f"name the model; this cluster serves {served}")
-    return next(iter(models.values()))
+def choose_model(
+    wanted: str, served: Mapping[str, ModelInfo], away: Collection[str] = ()
+) -> ModelInfo:
+    """The model a request means; an empty name means the only one that is served.
+
+    `away` are models whose workers do not answer at the moment. Raises NotFound for a model that
+    nobody serves, Unavailable while its workers are away, InvalidRequest without a name where
+    several are served.
+    """
+    if wanted in served:
+        return served[wanted]
+    names = ", ".join(sorted(served)) or "none"
+    if wanted and wanted not in away and served:
+        raise NotFound(f"model {wanted!r} is not served; served: {names}", reason="NO_MODEL")
+    if wanted or not served:
+        raise Unavailable(
+            f"no worker for {wanted or 'any model'} is alive (served now: {names}); try again, or "
+            "start one with --coordinators pointing here",
+            reason="NO_WORKER",
+            retry_after_s=2.0,
+        )
+    if len(served) > 1:
+        raise InvalidRequest(f"name the model; this cluster serves {names}")
+    return next(iter(served.values()))

@@ -128,11 +128,7 @@ class DecodeLoop:
 
     def _dispatch(self, rows: dict[str, StepRow], outcome: StepOutcome) -> None:
         questions = [r for n, r in rows.items() if not self._seats[n].generation.decoding]
-        self._pace.observe(
-            question_tokens=sum(len(row.token_ids) for row in questions),
-            decoders=len(rows) - len(questions),
-            step_s=outcome.timing.total_s,
-        )
+        self._pace.observe(sum(len(r.token_ids) for r in questions), outcome.timing.total_s)
         results = {result.session_id: result for result in outcome.results}
         now = self._clock()
         for name, row in rows.items():

@@ -19,7 +19,6 @@ from coordinator.requests import (
     answer_tokens,
     check_generate,
     check_token_ids,
-    choose_model,
 )
 from coordinator.tokenizer import Tokenizer
 from longreach.errors import IdentityMismatch, Internal, InvalidRequest
@@ -39,6 +38,15 @@ class Plan:
     record: SessionRecord
     budget: Budget
     tokenizer: Tokenizer | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What a session stands on: a context up to `stop` (or none), then the question."""
+
+    context: ContextRecord | None
+    stop: int
+    question: tuple[int, ...]
 
 
 class Planner:
@@ -74,20 +82,22 @@ class Planner:
             params, stored, len(prompt), model, self._config.default_max_tokens
         )
         tokenizer = await self._tokenizer(params, model)
+        used = stored
         if context is None and len(prompt) > self._config.inline_prompt_tokens:
-            context, prompt = await self._store_prompt(model, prompt)
-        return self._planned(params, model, context, tuple(prompt), max_tokens, tokenizer)
+            context, used = await self._stored_part(model, prompt)
+        base = _Base(context, used, tuple(prompt[used - stored :]))
+        return self._planned(params, model, base, max_tokens, tokenizer)
 
     def _planned(
         self,
         params: GenerateParams,
         model: ModelInfo,
-        context: ContextRecord | None,
-        prompt: tuple[int, ...],
+        base: _Base,
         max_tokens: int,
         tokenizer: Tokenizer | None,
     ) -> Plan:
         session_id = self._names.new()
+        context, prompt = base.context, base.question
         if context is None:
             identity = dataclasses.replace(model.identity, tenant=self._contexts.tenant)
             shard_map = self._contexts.place_tail(session_id, model, len(prompt) + max_tokens)
@@ -97,7 +107,7 @@ class Planner:
         record = SessionRecord(
             session_id=session_id,
             context_id=context.context_id if context else "",
-            context_stop=context.tokens if context else 0,
+            context_stop=base.stop,
             tenant=self._contexts.tenant,
             epoch=1,
             prompt_ids=prompt,
@@ -112,7 +122,7 @@ class Planner:
     def _model(self, params: GenerateParams, context: ContextRecord | None) -> ModelInfo:
         """The model to run: exactly the context's, where there is one."""
         if context is None:
-            return choose_model(params.model, self._models.served())
+            return self._models.choose(params.model)
         held = without_tenant(context.identity)
         if params.model not in ("", held.model):
             raise InvalidRequest(
@@ -123,7 +133,7 @@ class Planner:
         exact = self._models.with_identity(held)
         if exact is not None:
             return exact
-        other = choose_model(held.model, self._models.served())
+        other = self._models.choose(held.model)
         raise IdentityMismatch(
             f"context {context.context_id} cannot be used by the workers that are alive: "
             f"{held.difference(other.identity)}; create it again"
@@ -134,10 +144,17 @@ class Planner:
             return await self._models.tokenizer(model)
         return await self._models.tokenizer_or_none(model)
 
-    async def _store_prompt(
+    async def _stored_part(
         self, model: ModelInfo, prompt: Sequence[int]
-    ) -> tuple[ContextRecord, Sequence[int]]:
-        """Stores all but the end of a long prompt; the end becomes the question."""
+    ) -> tuple[ContextRecord, int]:
+        """A context that holds the beginning of a long prompt, and how much of it.
+
+        What is stored already is used when the rest is short enough for a question; otherwise all
+        but the end of the prompt is stored.
+        """
+        found = self._contexts.longest_prefix(model, prompt[:-1])
+        if found is not None and len(prompt) - found[1] <= self._config.inline_prompt_tokens:
+            return found
         cut = (len(prompt) - 1) // BOUNDARY_TOKENS * BOUNDARY_TOKENS
         record: ContextRecord | None = None
         with self._admission.storing():
@@ -146,4 +163,4 @@ class Planner:
                     record = each.record
         if record is None:
             raise Internal("storing the prompt ended without a record")
-        return record, prompt[cut:]
+        return record, cut

@@ -33,6 +33,8 @@ from longreach.errors import Cancelled, Internal, LongreachError, Unavailable
 
 # A worker that does not close a session in this time is lost, or about to be found lost.
 CLOSE_TIMEOUT_S = 5.0
+# Pauses between attempts to open a session.
+OPEN_PAUSES_S = (0.3, 0.9)
 _log = logging.getLogger(__name__)
 
 
@@ -47,15 +49,15 @@ class _Session:
         self.resident_bytes = 0
         self.events: asyncio.Queue[Token | Summary | LongreachError] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
-        self._cancelled = False
+        self.cancelled = False
 
     def cancel(self, error: LongreachError | None = None) -> None:
         """Ends the session at the next step boundary, once: a second cancellation would cut its
         clean-up short."""
         if error is not None:
             self.events.put_nowait(error)
-        if self.task is not None and not self._cancelled:
-            self._cancelled = True
+        if self.task is not None and not self.cancelled:
+            self.cancelled = True
             self.task.cancel()
 
 
@@ -177,16 +179,7 @@ class Sessions:
         plan = session.plan
         worker = self._driver.worker(worker_id)
         began = time.monotonic()
-        opening = asyncio.create_task(
-            worker.open_session(
-                plan.record,
-                plan.identity,
-                plan.shard_map,
-                self._driver.read_capability(plan.record),
-                plan.budget,
-                plan.params.min_coverage or 1.0,
-            )
-        )
+        opening = asyncio.create_task(self._open(session, worker))
         try:
             stop, session.resident_bytes = await asyncio.shield(opening)
             session.open_s = time.monotonic() - began
@@ -207,6 +200,26 @@ class Sessions:
             )
         finally:
             await _close(worker, opening, plan.record.session_id)
+
+    async def _open(self, session: _Session, worker: WorkerPeer) -> tuple[int, int]:
+        """Opens the session on the worker; tries again when a node does not answer, since one that
+        has just come back refuses connections for a moment."""
+        plan = session.plan
+        for pause_s in (*OPEN_PAUSES_S, None):
+            try:
+                return await worker.open_session(
+                    plan.record,
+                    plan.identity,
+                    plan.shard_map,
+                    self._driver.read_capability(plan.record),
+                    plan.budget,
+                    plan.params.min_coverage or 1.0,
+                )
+            except Unavailable:
+                if pause_s is None or session.cancelled:
+                    raise
+                await asyncio.sleep(pause_s)
+        raise AssertionError("the last attempt returns or raises")
 
     async def _index_kinds(self, context: ContextRecord | None) -> tuple[str, ...]:
         if context is None:

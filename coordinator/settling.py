@@ -20,14 +20,20 @@ from coordinator.driver import Driver
 from coordinator.filling import Filling
 from coordinator.models import Models
 from coordinator.sweeper import Sweeper
+from longreach.types import ShardInventory
 
 # Members report every second; in this time after the start all that live have registered.
 PATIENCE_S = 4.0
+ASK_ATTEMPTS = 4
+ASK_PAUSE_S = 0.3
 _log = logging.getLogger(__name__)
 
 
 class Settling:
-    """Reacts to membership for every context that is not being stored."""
+    """Reacts to membership for every context that is not being stored.
+
+    `on_sessions` is told which sessions a node has open.
+    """
 
     def __init__(
         self,
@@ -38,6 +44,7 @@ class Settling:
         held: holdings.Holdings,
         filling: Filling,
         sweeper: Sweeper,
+        on_sessions: Callable[[list[str]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._book = book
@@ -47,6 +54,7 @@ class Settling:
         self._holdings = held
         self._filling = filling
         self._sweeper = sweeper
+        self._on_sessions = on_sessions
         self._clock = clock
         self._patient_until = clock() + PATIENCE_S
         self._changed = asyncio.Event()
@@ -68,9 +76,11 @@ class Settling:
 
     async def node_up(self, node_id: str) -> None:
         """A node registered, or came back: takes its inventory and settles every context."""
-        inventory = (await self._driver.inventories([node_id])).get(node_id)
-        if inventory is None or not self._book.reachable((node_id,)):
+        answer = await self._ask(node_id)
+        if answer is None:
             return
+        inventory, session_ids = answer
+        self._on_sessions(session_ids)
         self._holdings.report(node_id, inventory)
         useless = holdings.leftovers(node_id, inventory, self._book.records, self._book.tombstones)
         for context_id, tenant in useless.items():
@@ -107,6 +117,17 @@ class Settling:
         }
         for node_id in self._book.reachable(tuple(sorted(wanted))):
             await self.node_up(node_id)
+
+    async def _ask(self, node_id: str) -> tuple[list[ShardInventory], list[str]] | None:
+        """A node's shards and sessions; asks again while it is counted on and does not answer."""
+        for attempt in range(ASK_ATTEMPTS):
+            if not self._book.reachable((node_id,)):
+                return None
+            answer = await self._driver.inventory(node_id)
+            if answer is not None:
+                return answer
+            await asyncio.sleep(ASK_PAUSE_S * (attempt + 1))
+        return None
 
     async def _rebuild_unknown(self) -> None:
         unknown = self._holdings.unknown(self._book.records.keys() | self._book.tombstones)

@@ -23,10 +23,15 @@ def tenant_digest(secret: bytes, principal: str) -> str:
     return hmac.new(secret, principal.encode(), hashlib.sha256).hexdigest()[:32]
 
 
+def identity_bytes(identity: Identity) -> bytes:
+    """The identity as bytes to hash."""
+    return json.dumps(dataclasses.asdict(identity), sort_keys=True).encode()
+
+
 def context_id(identity: Identity, token_ids: Sequence[int]) -> str:
     """The content-addressed id: equal exactly for equal identity (tenant included) and tokens."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(dataclasses.asdict(identity), sort_keys=True).encode())
+    digest.update(identity_bytes(identity))
     digest.update(b"\0")
     digest.update(np.asarray(token_ids, "<u4").tobytes())
     return f"ctx-{digest.hexdigest()}"

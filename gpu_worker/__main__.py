@@ -15,7 +15,7 @@ from gpu_worker.membership import worker_reports
 from gpu_worker.model import load_model
 from gpu_worker.server import start_server
 from longreach.config import read_config
-from longreach.errors import LongreachError
+from longreach.errors import InvalidRequest, LongreachError
 from longreach.logging import configure
 from longreach.process import announce, wait_for_stop
 from longreach.rpc.membership import HeartbeatSender
@@ -26,6 +26,11 @@ _GRACE_S = 5.0
 
 def run(config: WorkerConfig) -> None:
     """Loads the model, serves until told to stop."""
+    if not config.cluster_secret:
+        raise InvalidRequest(
+            "no cluster secret; set LONGREACH_CLUSTER_SECRET to the same random text on every "
+            "service, so that the worker can check what the coordinator signed"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     model = load_model(config.model, config.device, config.dtype)

@@ -8,6 +8,7 @@ other sessions may run between two layers or chunks of a prefill.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def dense_attention(
     `bias` (fp32, 0 or -inf) is broadcastable to [B, 1, R, N]; every row must keep at least one key.
     Query heads of a group are folded into R by the caller.
     """
-    if softcap == 0.0 and values.shape[-1] == queries.shape[-1] and _flash_serves(queries):
+    if softcap == 0.0 and values.shape[-1] == queries.shape[-1] and _flash_serves(queries, bias):
         return _flash(queries, keys, values, scale, causal=False, bias=bias)
     return blockwise_attention(queries, keys, values, scale, softcap, bias)
 
@@ -251,32 +252,47 @@ def _flash(
     causal: bool,
     bias: torch.Tensor | None = None,
 ) -> Partial:
-    """torch's CPU flash attention, which also returns the lse."""
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        queries, keys, values, 0.0, causal, attn_mask=bias, scale=scale
-    )
+    """torch's own flash attention, by the private operators that also return the lse."""
+    aten = torch.ops.aten
+    if queries.is_cuda:
+        output, lse, *_ = aten._scaled_dot_product_flash_attention(
+            queries, keys, values, 0.0, causal, False, scale=scale
+        )
+    else:
+        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, causal, attn_mask=bias, scale=scale
+        )
     return Partial(output.float(), lse.float())
 
 
-def _flash_serves(tensor: torch.Tensor) -> bool:
-    return _FLASH and tensor.device.type == "cpu"
+def _flash_serves(queries: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether the flash operator takes these; CUDA's takes 16-bit floats and no bias."""
+    if queries.is_cuda and (queries.dtype is torch.float32 or bias is not None):
+        return False
+    return _flash_works(queries.device.type)
 
 
-def _probe_flash() -> bool:
-    """Whether torch's private flash operator exists and does what we think it does."""
+@functools.cache
+def _flash_works(device: str) -> bool:
+    """Whether torch's private flash operator exists there and does what we think it does."""
+    dtype = torch.float16 if device == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, n, 16, generator=generator) for n in (3, 40, 40))
-    bias = bias_of(torch.arange(40)[None] <= torch.tensor([5, 20, 39])[:, None])[None, None]
+    q, k, v = (torch.randn(2, 2, 40, 16, generator=generator).to(device, dtype) for _ in range(3))
+    bias = bias_of(torch.ones(40, 40, dtype=torch.bool, device=device).tril())[None, None]
     try:
-        got = _flash(q, k, v, 0.25, causal=False, bias=bias)
-    except (RuntimeError, AttributeError, TypeError) as error:
+        answers = [_flash(q, k, v, 0.25, causal=True)]
+        if device == "cpu":
+            answers.append(_flash(q, k, v, 0.25, causal=False, bias=bias))
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         log.warning("flash attention with lse is not available (%s); using plain operators", error)
         return False
     want = blockwise_attention(q, k, v, 0.25, bias=bias)
-    same = all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got, want, strict=True))
+    near = 1e-2 if device == "cuda" else 1e-4
+    same = all(
+        torch.allclose(got, wanted, atol=near)
+        for answer in answers
+        for got, wanted in zip(answer, want, strict=True)
+    )
     if not same:
         log.warning("torch's flash attention disagrees with plain operators; not using it")
     return same
-
-
-_FLASH = _probe_flash()

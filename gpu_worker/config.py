@@ -35,6 +35,11 @@ class WorkerConfig:
     prefill_shared_chunk_ms: int = setting(
         50, "how long a prefill chunk may hold the device while sessions decode"
     )
+    prefill_pattern: str = setting(
+        "dense",
+        "attention of prefills: dense, a_shape, vertical_slash, block_sparse or adaptive, with\n"
+        "parameters as in vertical_slash:verticals=500,slashes=1500; part of a context's identity",
+    )
     step_deadline_ms: int = setting(30_000, "longest wait for retrieval nodes in one step")
     append_timeout_ms: int = setting(
         5_000, "longest wait for nodes to acknowledge tokens that leave the window"

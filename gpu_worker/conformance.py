@@ -87,7 +87,9 @@ def require_conformance(model: Model) -> Conformance:
 
 def measure_conformance(model: Model) -> Conformance:
     """Runs the gate's tokens both ways."""
-    total = PROMPT_TOKENS + DECODE_TOKENS + QUESTION_TOKENS
+    after = DECODE_TOKENS + QUESTION_TOKENS
+    prompt = min(PROMPT_TOKENS, model.info.max_positions - after)
+    total = prompt + after
     drawn = np.random.default_rng(0).integers(0, model.info.vocab_size, total)
     tokens = tuple(int(t) for t in drawn)
     expected = _eager_logits(model, tokens)
@@ -102,11 +104,11 @@ def measure_conformance(model: Model) -> Conformance:
     )
     retriever = InProcessRetriever(model.layers)
     job = PrefillJob(
-        tokens[:PROMPT_TOKENS], model.layers, RetrieverSink(retriever, _SESSION), FixedChunks(64)
+        tokens[:prompt], model.layers, RetrieverSink(retriever, _SESSION), FixedChunks(64)
     )
     prefill = job.run(model.module, model.device)
-    session = _session(slab, retriever, model)
-    ends = [PROMPT_TOKENS + i for i in range(DECODE_TOKENS + 1)] + [total]
+    session = _session(slab, retriever, model, prompt)
+    ends = [prompt + i for i in range(DECODE_TOKENS + 1)] + [total]
     got = [
         _feed(model, slab, retriever, session, tokens[start:stop])
         for start, stop in itertools.pairwise(ends)
@@ -129,17 +131,17 @@ def _eager_logits(model: Model, tokens: tuple[int, ...]) -> torch.Tensor:
     return logits.float()
 
 
-def _session(slab: LocalSlab, retriever: InProcessRetriever, model: Model) -> Session:
+def _session(slab: LocalSlab, retriever: InProcessRetriever, model: Model, prompt: int) -> Session:
     slot = slab.acquire()
     for layer in range(len(model.layers)):
         kind = slab.kinds[slab.kind_of[layer]]
         keys, values = retriever.stored(_SESSION, layer)
-        for span in kind.resident(PROMPT_TOKENS, slab.window):
+        for span in kind.resident(prompt, slab.window):
             part = slice(span.start, span.stop)
             slab.place(layer, slot, span.start, 0, keys[:, part], values[:, part])
-    slab.occupy(slot, PROMPT_TOKENS)
-    record = SessionRecord(_SESSION, "", PROMPT_TOKENS, "", 0)
-    return Session(record, Budget(exact=True), 1.0, slot, PROMPT_TOKENS, Route((), {}, {}))
+    slab.occupy(slot, prompt)
+    record = SessionRecord(_SESSION, "", prompt, "", 0)
+    return Session(record, Budget(exact=True), 1.0, slot, prompt, Route((), {}, {}))
 
 
 def _feed(

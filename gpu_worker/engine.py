@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from gpu_worker.appends import Appends
 from gpu_worker.chunking import ChunkSizer
@@ -21,12 +22,15 @@ from gpu_worker.ingest import Ingest
 from gpu_worker.model import Model, rss_bytes
 from gpu_worker.offload import Destination
 from gpu_worker.opening import Opened, Opener
+from gpu_worker.patterns.dense import Dense
+from gpu_worker.patterns.spec import canonical, parse_pattern
 from gpu_worker.resident import LocalSlab
 from gpu_worker.routes import plan_route
 from gpu_worker.sampling import check_sampling
 from gpu_worker.scheduler import DeviceThread
 from gpu_worker.session import Session
-from longreach.errors import IdentityMismatch, InvalidRequest
+from longreach.errors import IdentityMismatch, InvalidRequest, PermissionDenied, StaleEpoch
+from longreach.security import verify
 from longreach.steps import PrefillProgress, StepOutcome, StepRow, WorkerStatus
 from longreach.types import Budget, Identity, SessionRecord, ShardMap
 
@@ -37,6 +41,11 @@ class Engine:
     def __init__(self, model: Model, config: WorkerConfig) -> None:
         self.model = model
         self._config = config
+        pattern = parse_pattern(config.prefill_pattern)
+        self._pattern = None if isinstance(pattern, Dense) else pattern
+        self.info = replace(
+            model.info, identity=replace(model.info.identity, prefill=canonical(pattern))
+        )
         self._slab = LocalSlab(
             model.layers,
             slots=config.max_sessions,
@@ -84,7 +93,8 @@ class Engine:
         Cancelled and what nodes refuse with.
         """
         self._check_identity(to.identity)
-        info = self.model.info
+        self._check_leave("write", to.capability, to.context_id, to.identity)
+        info = self.info
         if not 1 <= len(token_ids) <= info.max_positions:
             raise InvalidRequest(
                 f"the context has {len(token_ids)} tokens; model {info.model!r} takes 1 to "
@@ -97,7 +107,9 @@ class Engine:
             shared_target_s=self._config.prefill_shared_chunk_ms / 1e3,
             alone_target_s=self._config.prefill_chunk_ms / 1e3,
         )
-        return Ingest(self.model, self._device, to, token_ids, sizer, cancelled).run()
+        return Ingest(
+            self.model, self._device, to, token_ids, sizer, cancelled, self._pattern
+        ).run()
 
     def open_session(
         self,
@@ -114,11 +126,12 @@ class Engine:
         free, IdentityMismatch, and what nodes refuse with.
         """
         self._check_identity(identity)
+        self._check_leave("read", capability, record.context_id, identity, record)
         check_sampling(record.sampling)
         if not 0 <= min_coverage <= 1:
             raise InvalidRequest(f"min_coverage is {min_coverage}; it must be in [0, 1]")
         route = plan_route(shard_map, self.model.layers, record.context_stop)
-        slot = self._device.call(lambda: self._take_slot(record.session_id)).result()
+        slot = self._device.call(lambda: self._take_slot(record)).result()
         try:
             opened = self._opener.open(record, identity, route, capability)
         except BaseException:
@@ -150,7 +163,7 @@ class Engine:
         """What this worker is and what it holds."""
         slab = self._slab
         return WorkerStatus(
-            model=self.model.info,
+            model=self.info,
             device=str(self.model.device),
             max_sessions=slab.slots,
             sessions=slab.slots_used,
@@ -163,15 +176,52 @@ class Engine:
         )
 
     def _check_identity(self, identity: Identity) -> None:
-        own = replace(self.model.info.identity, tenant=identity.tenant)
+        own = replace(self.info.identity, tenant=identity.tenant)
         if identity != own:
             raise IdentityMismatch(
                 f"this worker's KV is of another identity than asked: {identity.difference(own)}; "
                 "send the request to a worker of that model"
             )
 
-    def _take_slot(self, session_id: str) -> int:
-        self._forget(session_id)
+    def _check_leave(
+        self,
+        action: Literal["read", "write"],
+        capability: bytes,
+        context_id: str,
+        identity: Identity,
+        record: SessionRecord | None = None,
+    ) -> None:
+        """Nodes check capabilities too; here it keeps strangers from the device."""
+        if not self._config.cluster_secret:
+            return
+        leave = verify(
+            capability,
+            self._config.cluster_secret.encode(),
+            now=time.time(),
+            action=action,
+            context_id=context_id,
+            session_id=record.session_id if record else "",
+        )
+        asked = (identity.tenant, record.epoch if record else 0)
+        if (leave.tenant, leave.epoch) != asked:
+            raise PermissionDenied(
+                f"the capability is for tenant {leave.tenant!r} and epoch {leave.epoch}, not for "
+                f"{asked[0]!r} and {asked[1]}",
+                reason="CAPABILITY_FOR_OTHER",
+            )
+
+    def _take_slot(self, record: SessionRecord) -> int:
+        """A slot for a session, whose older self here gives its own back; on the device's thread.
+
+        Raises StaleEpoch where a newer one is open.
+        """
+        open_here = self._decoder.sessions.get(record.session_id)
+        if open_here is not None and open_here.record.epoch > record.epoch:
+            raise StaleEpoch(
+                f"session {record.session_id!r} is open here under epoch "
+                f"{open_here.record.epoch}, newer than {record.epoch}"
+            )
+        self._forget(record.session_id)
         return self._slab.acquire()
 
     def _admit(self, session: Session, opened: Opened) -> None:

@@ -74,6 +74,7 @@ class _Ask:
     q_head_start: int
     queries: StorageArray
     tried: set[str] = field(default_factory=set)
+    repeated: bool = False
     answer: AttendResult | None = None
     error: LongreachError | None = None
 
@@ -85,6 +86,16 @@ class _Ask:
     def untried(self) -> list[str]:
         """Nodes that could still be asked."""
         return [n for n in self.session.holders(self.piece) if n not in self.tried]
+
+    def may_go_on(self) -> bool:
+        """Whether to ask again: another node or, once, the same ones over new connections."""
+        if self.answer is not None or isinstance(self.error, StaleEpoch):
+            return False
+        lost_connection = type(self.error) is Unavailable
+        if not self.untried() and lost_connection and not self.repeated:
+            self.repeated = True
+            self.tried.clear()
+        return bool(self.untried())
 
     def for_node(self, node_id: str) -> AttendRows:
         """The rows as that node knows the session."""
@@ -262,7 +273,7 @@ class _InFlight:
         while self._messages:
             reads = [self._read(message) for message in self._messages]
             node_s += max(self._fanout.run(_together(reads)))
-            self.write([ask for ask in self._asks if ask.answer is None and _retriable(ask)])
+            self.write([ask for ask in self._asks if ask.may_go_on()])
         answers = [Retrieved() for _ in range(self._sessions)]
         geometry = self._fanout.layers[self._layer]
         for ask in self._asks:
@@ -303,10 +314,6 @@ class _InFlight:
         remaining = max(0.0, self._deadline - time.monotonic())
         replicated = all(ask.untried() for ask in message.asks)
         return min(remaining, REPLICA_AFTER_S) if replicated else remaining
-
-
-def _retriable(ask: _Ask) -> bool:
-    return bool(ask.untried()) and not isinstance(ask.error, StaleEpoch)
 
 
 async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

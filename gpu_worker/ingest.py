@@ -6,6 +6,7 @@ seals. If it ends early, for whatever reason, the nodes forget what they were se
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,14 @@ import torch
 from gpu_worker.chunking import ChunkSizer
 from gpu_worker.model import Model
 from gpu_worker.offload import Destination, Offload, PutNode
+from gpu_worker.patterns import Pattern
 from gpu_worker.prefill import PrefillJob
 from gpu_worker.scheduler import DeviceThread
 from longreach.errors import Cancelled
 from longreach.rpc.retrieval import NodeClient
 from longreach.steps import PrefillProgress, PrefillSummary
+
+log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.25
 """Time between two progress reports."""
@@ -38,6 +42,7 @@ class Ingest:
         token_ids: Sequence[int],
         sizer: ChunkSizer,
         cancelled: threading.Event,
+        pattern: Pattern | None = None,
         connect: Callable[[str], PutNode] = NodeClient,
     ) -> None:
         self._model = model
@@ -46,6 +51,7 @@ class Ingest:
         self._token_ids = token_ids
         self._sizer = sizer
         self._cancelled = cancelled
+        self._pattern = pattern
         self._connect = connect
         self._at = (0, 0)
         self._compute_s = 0.0
@@ -94,12 +100,22 @@ class Ingest:
             return shared
 
         self._check()
-        job = PrefillJob(self._token_ids, self._model.layers, offload, self._sizer, point)
+        offload.start()
+        job = PrefillJob(
+            self._token_ids, self._model.layers, offload, self._sizer, point, self._pattern
+        )
         started = time.perf_counter()
         with _PeakMemory(self._model.device) as peak:
             job.run(self._model.module, self._model.device)
         self._compute_s = time.perf_counter() - started
         self._peak_device_bytes = peak.bytes
+        if job.pairs_visible:
+            log.info(
+                "prefill of %d tokens with %s ran at density %.4f",
+                job.tokens,
+                self._pattern,
+                job.pairs_attended / job.pairs_visible,
+            )
         self._at = (len(self._model.layers), 0)
 
     def _check(self) -> None:

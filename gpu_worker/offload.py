@@ -118,6 +118,8 @@ class _PutStream:
         self._queue: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=f"put-{shard.shard_id}", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def offer(self, part: Part) -> None:
@@ -137,7 +139,8 @@ class _PutStream:
         """Stops sending."""
         self._abandoned = True
         self._queue.put(None)
-        self._thread.join(_JOIN_S)
+        if self._thread.is_alive():
+            self._thread.join(_JOIN_S)
 
     def _run(self) -> None:
         try:
@@ -188,6 +191,11 @@ class Offload:
             for node_id in shard.node_ids
         ]
         self.offloaded_bytes = 0
+
+    def start(self) -> None:
+        """Opens the streams; a prefill that waits for its turn holds none."""
+        for stream in self._streams:
+            stream.start()
 
     def put(self, layer: int, start: int, keys: StorageArray, values: StorageArray) -> None:
         """Queues keys [kv_heads, n, head_dim] and values for every shard that holds some."""

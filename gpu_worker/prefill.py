@@ -8,6 +8,9 @@ runs other sessions' steps or raises to cancel.
 
 Keys, values and a sample of the queries of each chunk go to a sink as soon as they exist. The last
 layer's output matters for the last chunk only, so its other chunks stop once their KV is taken.
+
+A sparse pattern replaces dense attention in layers of full attention without a softcap. One that
+needs the whole prompt sweeps the layer twice: first for keys, values and the last queries.
 """
 
 from __future__ import annotations
@@ -22,10 +25,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gpu_worker.arrays import to_array
-from gpu_worker.attention import LayerCall, apply_sinks, causal_attention, mark
-from gpu_worker.attention import Partial as Part
+from gpu_worker.attention import LayerCall, Partial, apply_sinks, causal_attention, mark
 from gpu_worker.chunking import ChunkSizer, sample_positions
+from gpu_worker.patterns import Pattern, attend_chunk
 from longreach.types import IntArray, LayerGeometry, StorageArray
+
+PROBE_QUERIES = 64
+"""Last queries of the prompt that patterns which need it are given."""
 
 
 class KvSink(Protocol):
@@ -53,7 +59,11 @@ class _ChunkTaken(Exception):  # noqa: N818
 
 
 class PrefillJob:
-    """One context being prefilled. Used by the thread that owns the device only."""
+    """One context being prefilled. Used by the thread that owns the device only.
+
+    `pattern` is None for dense attention. `pairs_attended` and `pairs_visible` count the (row, key)
+    pairs of the layers that it served; their ratio is the density that was really run.
+    """
 
     def __init__(
         self,
@@ -62,6 +72,7 @@ class PrefillJob:
         sink: KvSink,
         sizer: ChunkSizer,
         point: Point = lambda layer, tokens_done: False,
+        pattern: Pattern | None = None,
     ) -> None:
         self.token_ids = token_ids
         self.tokens = len(token_ids)
@@ -69,6 +80,9 @@ class PrefillJob:
         self.sink = sink
         self.sizer = sizer
         self.point = point
+        self.pattern = pattern
+        self.pairs_attended = 0
+        self.pairs_visible = 0
         self._positions = sample_positions(self.tokens)
         self._sampled: list[StorageArray] = []
         self._buffers: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -126,7 +140,7 @@ class PrefillCache(Cache):  # type: ignore[misc]
 
 
 class _PrefillLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values so far."""
+    """One layer's keys and values so far, and the sweep over its chunks."""
 
     is_sliding = False
 
@@ -137,6 +151,17 @@ class _PrefillLayer(CacheLayerMixin):  # type: ignore[misc]
         self._is_last = is_last
         self._start = 0
         self._stop = 0
+        self._sweep = 0
+        self._last_queries: torch.Tensor | None = None
+        self._probed: object = None
+        pattern = None if job.layers[layer].sliding_window else job.pattern
+        self._pattern = pattern
+        self.sweeps = 2 if pattern is not None and pattern.needs == "prompt" else 1
+
+    def begin(self, sweep: int) -> None:
+        """Starts over at the first chunk; KV is taken by the first sweep, attended by the last."""
+        self._sweep = sweep
+        self._start = self._stop = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes the buffer that the layer before has finished with."""
@@ -150,6 +175,8 @@ class _PrefillLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._start, self._stop = self._stop, self._stop + key_states.shape[2]
+        if self._sweep > 0:
+            return mark(key_states, self), value_states
         chunk = slice(self._start, self._stop)
         self.keys[:, chunk] = key_states[0]
         self.values[:, chunk] = value_states[0]
@@ -163,20 +190,50 @@ class _PrefillLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def attend(self, queries: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Causal attention of the chunk's queries [q_heads, chunk, d]."""
-        self._job.sample(self._layer, self._start, queries)
+        if self._sweep == 0:
+            self._job.sample(self._layer, self._start, queries)
+        if self._sweep < self.sweeps - 1:
+            self._remember(queries)
+            raise _ChunkTaken
         if self._is_last and self._stop < self._job.tokens:
             raise _ChunkTaken
-        part = causal_attention(
-            queries,
-            self.keys[:, : self._stop],
-            self.values[:, : self._stop],
-            self._start,
-            call.scale,
-            call.softcap,
-            call.sliding_window,
-        )
-        rows_first = Part(part.output.transpose(0, 1), part.lse.transpose(0, 1))
+        part = self._attend(queries, call)
+        rows_first = Partial(part.output.transpose(0, 1), part.lse.transpose(0, 1))
         return apply_sinks(rows_first, call.sinks)
+
+    def _attend(self, queries: torch.Tensor, call: LayerCall) -> Partial:
+        keys, values = self.keys[:, : self._stop], self.values[:, : self._stop]
+        if self._pattern is None or call.softcap > 0:
+            return causal_attention(
+                queries,
+                keys,
+                values,
+                self._start,
+                call.scale,
+                call.softcap,
+                call.sliding_window,
+            )
+        if self._probed is None and self._last_queries is not None:
+            self._probed = self._pattern.probe(self._last_queries, self.keys, call.scale)
+        job = self._job
+        result = attend_chunk(
+            self._pattern,
+            queries,
+            keys,
+            values,
+            self._start,
+            job.tokens,
+            call.scale,
+            self._probed,
+        )
+        job.pairs_attended += result.pairs_attended
+        job.pairs_visible += result.pairs_visible
+        return Partial(result.output, result.lse)
+
+    def _remember(self, queries: torch.Tensor) -> None:
+        """Keeps the last queries so far, which may lie in two chunks."""
+        before = [] if self._last_queries is None else [self._last_queries]
+        self._last_queries = torch.cat([*before, queries], 1)[:, -PROBE_QUERIES:]
 
     def get_seq_length(self) -> int:
         """Unused: positions are explicit."""
@@ -216,7 +273,11 @@ def _in_chunks(inner: Callable[..., Any], layer: int) -> Callable[..., Any]:
         cache = next((x for x in given if isinstance(x, PrefillCache)), None)
         if cache is None:
             return inner(hidden, *args, **kwargs)
-        return _run_chunks(cache.job, inner, layer, hidden, args, kwargs)
+        state = cache.layers[layer]
+        for sweep in range(state.sweeps):
+            state.begin(sweep)
+            _run_chunks(cache.job, inner, layer, hidden, args, kwargs)
+        return hidden[:, -1:] if layer == len(cache.job.layers) - 1 else hidden
 
     return forward
 
@@ -228,8 +289,8 @@ def _run_chunks(
     hidden: torch.Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """One decoder layer over the whole prompt; returns only the last row after the last layer."""
+) -> None:
+    """One sweep of a decoder layer over the whole prompt, into `hidden` in place."""
     start = 0
     while start < job.tokens:
         shared = job.point(layer, start)
@@ -246,7 +307,6 @@ def _run_chunks(
             pass
         job.sizer.took(chunk.stop - chunk.start, time.perf_counter() - began)
         start = chunk.stop
-    return hidden[:, -1:] if layer == len(job.layers) - 1 else hidden
 
 
 def _cut(value: Any, chunk: slice, tokens: int) -> Any:

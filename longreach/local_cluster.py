@@ -49,7 +49,8 @@ class MemberProcess:
     package: str
     flags: dict[str, str]
     log_path: Path
-    environment: Mapping[str, str]
+    # Holds the cluster's secret, so it is never printed.
+    environment: Mapping[str, str] = field(repr=False)
     listen: str = "127.0.0.1:0"
     address: str = ""
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)

@@ -81,8 +81,9 @@ class Report:
 
     @property
     def right(self) -> bool:
-        """Whether every answer is."""
-        return all(answer.right for answer in self.answers)
+        """Whether every answer is, the early one too."""
+        early = () if self.early is None else (self.early,)
+        return all(answer.right for answer in (*self.answers, *early))
 
     @property
     def work(self) -> Work:
@@ -125,31 +126,23 @@ class Report:
 
     def print(self, console: Console) -> None:
         """Prints the answers and the figures as tables."""
-        console.print(_answers_table(self.answers), _figures_table(self), sep="\n\n")
+        console.print(_answers_table(self), _figures_table(self), sep="\n\n")
 
 
-def _answers_table(answers: tuple[Answer, ...]) -> Table:
-    verified = any(answer.full_attention_answer is not None for answer in answers)
-    table = Table(
-        "answer",
-        "hidden fact",
-        *(["full attention"] if verified else []),
-        "",
-        "TTFT",
-        "ms/token",
-        "scanned",
-        "sketched",
-        "attended",
-        "bytes",
-        box=None,
-    )
-    for answer in answers:
+def _answers_table(report: Report) -> Table:
+    verified = any(answer.full_attention_answer is not None for answer in report.answers)
+    texts = ("answer", "hidden fact", *(["full attention"] if verified else []), "")
+    figures = ("by", "TTFT", "ms/token", "scanned", "sketched", "attended", "bytes")
+    table = Table(*texts, *figures, box=None)
+    early = () if report.early is None else (report.early,)
+    for answer in (*early, *report.answers):
         work = answer.generation.work
         table.add_row(
             answer.answer,
             answer.expected,
             *([answer.full_attention_answer or ""] if verified else []),
             "[green]right[/]" if answer.right else "[red]WRONG[/]",
+            "+".join(answer.generation.index_kinds),
             f"{answer.ttft_s:.2f} s",
             f"{answer.generation.timing.per_token_s * 1e3:.0f}",
             f"{work.scan_fraction:.2%}",

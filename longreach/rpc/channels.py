@@ -13,7 +13,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 """Longest message any service sends or accepts."""
 
 KEEPALIVE_TIME_MS = 10_000
-KEEPALIVE_TIMEOUT_MS = 5_000
+KEEPALIVE_TIMEOUT_MS = 10_000
 """A peer that is silent for the sum of the two while a call is open counts as gone."""
 
 Options = list[tuple[str, int | str]]
@@ -21,6 +21,12 @@ Options = list[tuple[str, int | str]]
 _MESSAGE_LIMITS: Options = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+# A connection whose ping stays unanswered ends after the shorter of the two timeouts.
+_KEEPALIVE: Options = [
+    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
 ]
 
 
@@ -30,8 +36,7 @@ def server_options() -> Options:
         *_MESSAGE_LIMITS,
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIME_MS // 2),
-        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        *_KEEPALIVE,
     ]
 
 
@@ -39,11 +44,11 @@ def channel_options(*, own_connection: bool = False) -> Options:
     """Options of every longreach channel."""
     options: Options = [
         *_MESSAGE_LIMITS,
-        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        *_KEEPALIVE,
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # Despite its name, how long one attempt to connect may take.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         ("grpc.max_reconnect_backoff_ms", 1_000),
         # Members answer at addresses that their heartbeats name; an HTTP proxy has no part in it.
         ("grpc.enable_http_proxy", 0),

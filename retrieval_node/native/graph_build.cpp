@@ -174,12 +174,15 @@ class Builder {
       scores.resize(found * kTile);
       kernels_.score(keys_, {fresh.data(), 0, found}, query, scores.data());
       for (int64_t i = 0; i < found; ++i) beam.insert(scores[i * kTile], fresh[i], false);
-      const int32_t key = beam.pop();
-      if (key < 0) return;
-      expanded.push_back(key);
+      // Two keys at once: their neighbours' rows come from memory together.
       fresh.clear();
-      for (const int32_t next : projected_[key])
-        if (visited.add(next)) fresh.push_back(next);
+      int expansions = 0;
+      for (int32_t key; expansions < 2 && (key = beam.pop()) >= 0; ++expansions) {
+        expanded.push_back(key);
+        for (const int32_t next : projected_[key])
+          if (visited.add(next)) fresh.push_back(next);
+      }
+      if (expansions == 0) return;
     }
   }
 

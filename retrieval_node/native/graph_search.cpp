@@ -19,6 +19,7 @@ constexpr int64_t kRandomCost = 4;
 constexpr int64_t kFreshPerExpansion = 8;
 // Keys a search is first asked for when the budget names no number.
 constexpr int64_t kFirstWanted = 128;
+constexpr int64_t kEdgesPerLine = 16;  // of a cache line
 // Scopes at most this long are read whole.
 constexpr int64_t kShortScope = 4096;
 
@@ -50,19 +51,16 @@ class GroupSearch {
     visit({&graph.entry, 0, 1});
   }
 
-  // Expands keys until the beams of all query heads are done.
+  // Expands keys until the beams of all query heads are done. In a round every query head expands
+  // its best key, and all keys that are new are scored in one go: the more rows are on their way
+  // from memory at once, the less each of them costs.
   void run() {
-    bool alive = true;
-    while (alive) {
-      alive = false;
-      for (int g = 0; g < task_->group; ++g) {
-        int32_t key = beams_[g].pop();
-        while (key >= 0 && !expanded_.add(key)) key = beams_[g].pop();
-        if (key < 0) continue;
-        alive = true;
-        expand(key, beams_[(g + 1) % task_->group]);
-      }
-    }
+    do {
+      choose_round();
+      fresh_.clear();
+      for (const int32_t key : round_) gather_fresh(key);
+      if (!fresh_.empty()) visit({fresh_.data(), 0, static_cast<int64_t>(fresh_.size())});
+    } while (!round_.empty());
   }
 
   // Goes on with wider beams, which take in keys visited before.
@@ -81,21 +79,25 @@ class GroupSearch {
   int64_t visits() const { return static_cast<int64_t>(visits_.size()); }
 
  private:
-  void expand(int32_t key, Beam& next) {
-    const AttentionRows& rows = task_->entry->rows;
-    if (key >= rows.start && key < rows.stop) found_.push_back(key);
-    fresh_.clear();
-    for (int64_t e = graph_->offsets[key]; e < graph_->offsets[key + 1]; ++e)
-      if (visited_.add(graph_->edges[e])) fresh_.push_back(graph_->edges[e]);
-    prefetch_edges(next.peek());
-    if (!fresh_.empty()) visit({fresh_.data(), 0, static_cast<int64_t>(fresh_.size())});
+  void choose_round() {
+    round_.clear();
+    for (int g = 0; g < task_->group; ++g) {
+      int32_t key = beams_[g].pop();
+      while (key >= 0 && !expanded_.add(key)) key = beams_[g].pop();
+      if (key < 0) continue;
+      round_.push_back(key);
+      __builtin_prefetch(graph_->offsets + key);
+    }
+    for (const int32_t key : round_)
+      for (int64_t e = graph_->offsets[key]; e < graph_->offsets[key + 1]; e += kEdgesPerLine)
+        __builtin_prefetch(graph_->edges + e);
   }
 
-  void prefetch_edges(int32_t key) const {
-    if (key < 0) return;
-    const int32_t* edge = graph_->edges + graph_->offsets[key];
-    for (const int32_t* end = graph_->edges + graph_->offsets[key + 1]; edge < end; edge += 16)
-      __builtin_prefetch(edge);
+  void gather_fresh(int32_t key) {
+    const AttentionRows& rows = task_->entry->rows;
+    if (key >= rows.start && key < rows.stop) found_.push_back(key);
+    for (int64_t e = graph_->offsets[key]; e < graph_->offsets[key + 1]; ++e)
+      if (visited_.add(graph_->edges[e])) fresh_.push_back(graph_->edges[e]);
   }
 
   // Scores keys for every query head and offers them to the beams.
@@ -119,7 +121,7 @@ class GroupSearch {
   const KeyGraph* graph_ = nullptr;
   Rows keys_{};
   KeySet visited_, expanded_;
-  std::vector<int32_t> visits_, found_, fresh_;
+  std::vector<int32_t> visits_, found_, round_, fresh_;
   std::vector<std::vector<float>> scores_;  // [tile][visit][kTile]
   std::vector<PackedTile> tiles_;
   std::vector<Beam> beams_;

@@ -41,8 +41,7 @@ void demote_faint(const HeadTask& task, SketchSearch& search, ChosenAttention& a
   }
 }
 
-// Adds the tail: each summary's mean value with the weight of its keys that were not attended. The
-// sketch's error has variance r, so exp(logit) is exp(r / 2) times that of the code on average.
+// Adds the tail: each summary's mean value with the weight of its keys that were not attended.
 void add_tail(const KernelTable& k, const SketchHead& sketch, const HeadTask& task,
               SketchSearch& search, ChosenAttention& attention) {
   thread_local Workspace<float> memory;
@@ -54,7 +53,7 @@ void add_tail(const KernelTable& k, const SketchHead& sketch, const HeadTask& ta
   float factor[kCodeHeads] = {}, least[kCodeHeads] = {};
   for (int g = 0; g < task.group; ++g) {
     if (attention.highest(g) == kMinusInfinity) attention.highest(g) = search.reference(g);
-    factor[g] = std::exp(search.reference(g) + 0.5f * search.queries().residual[g] - attention.highest(g));
+    factor[g] = std::exp(search.reference(g) + search.correction(g) - attention.highest(g));
     least[g] = kNegligible * attention.total(g);
   }
   int64_t kept = 0;

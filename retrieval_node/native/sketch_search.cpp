@@ -21,7 +21,7 @@ constexpr double kSampledAbove = 16;
 // Summaries scanned between two looks at the bars.
 constexpr int64_t kChunk = 128;
 // Standard deviations of the sketch's error allowed for where a rule is about logits.
-constexpr float kErrorMargin = 1.0f;
+constexpr float kErrorMargin = 3.0f;
 // Gathered rows arrive at about a fifth of the rate of rows in order, so beyond this share of the
 // scope it is quicker to read all of it, where the budget allows that.
 constexpr double kGatherShare = 0.2;
@@ -182,6 +182,7 @@ void SketchSearch::scan(const KernelTable& k, const SketchHead& sketch, const He
     tail_.slope[head] = queries_.slope[head];
     tail_.offset[head] = queries_.offset[head];
     tail_.reference[head] = logit_of(head, bars_[head]);
+    correction_[head] = correction_of(head);
   }
   int32_t highest[kCodeHeads];
   std::fill_n(highest, kCodeHeads, std::numeric_limits<int32_t>::min());
@@ -205,6 +206,19 @@ float SketchSearch::logit_of(int head, int32_t score) const {
   return tail_.softcap > 0 ? tail_.softcap * std::tanh(logit / tail_.softcap) : logit;
 }
 
+// With f the softcap and e an error of variance r, E[exp(f(z + e))] is about exp(f(z) + r / 2 * (f'^2
+// + f'')). Keys near the bar weigh most, so both derivatives are taken there; without a softcap they
+// are 1 and 0.
+float SketchSearch::correction_of(int head) const {
+  float first = 1, second = 0;
+  if (tail_.softcap > 0) {
+    const float t = tail_.reference[head] / tail_.softcap;
+    first = 1 - t * t;
+    second = -2 * t * first / tail_.softcap;
+  }
+  return 0.5f * queries_.residual[head] * (first * first + second);
+}
+
 int64_t SketchSearch::hits_above_bar(int head) const {
   const int32_t* scores = hits_.scores + head * hits_.capacity;
   return std::count_if(scores, scores + hits_.count, [&](int32_t s) { return s > bars_[head]; });
@@ -224,7 +238,7 @@ double SketchSearch::tail_total(int head) const {
   double sum = 0;
   for (int64_t i = 0; i < stop_ - first_; ++i)
     sum += static_cast<double>(tail_sums_[i * kCodeHeads + head]);
-  return sum * std::exp(0.5 * static_cast<double>(queries_.residual[head]));
+  return sum * std::exp(static_cast<double>(correction_[head]));
 }
 
 bool SketchSearch::enough(const HeadTask& task) {

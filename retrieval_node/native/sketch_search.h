@@ -29,7 +29,8 @@ class SketchSearch {
     return tail_sums_[(summary - first_) * kCodeHeads + head];
   }
   float reference(int head) const { return tail_.reference[head]; }
-  const SketchQueries& queries() const { return queries_; }
+  // Tail sums are exp(correction) times too small on average, for what the codes cannot tell.
+  float correction(int head) const { return correction_[head]; }
 
   // Log of the estimated attention mass of the keys that are no candidates.
   float rest_lse(int head) const;
@@ -54,6 +55,7 @@ class SketchSearch {
   double hit_weights(int head);
   double tail_total(int head) const;
   float logit_of(int head, int32_t score) const;
+  float correction_of(int head) const;
 
   RowChoice candidates_{};
   int64_t sketched_ = 0;
@@ -64,6 +66,7 @@ class SketchSearch {
   int64_t sampled_ = 0;
   int32_t bars_[kCodeHeads] = {};
   bool floored_[kCodeHeads] = {};
+  float correction_[kCodeHeads] = {};
   Workspace<int32_t> ids_, scores_, sample_scores_;
   Workspace<float> column_, tail_memory_;
   float* tail_sums_ = nullptr;  // null when no tail is needed

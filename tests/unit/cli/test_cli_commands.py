@@ -168,7 +168,9 @@ def test_contexts_show_names_shards_and_nodes(
         node_ids=["node-1"],
     )  # fmt: skip
     nodes = [common_pb2.NodeAddress(node_id="node-1", address="h:1")]
-    shards = common_pb2.ShardMap(shards=[shard], nodes=nodes, policy="layer", reason="layer: 2 nodes")
+    shards = common_pb2.ShardMap(
+        shards=[shard], nodes=nodes, policy="layer", reason="layer: 2 nodes"
+    )
     service.contexts = [_context(shard_map=shards, index_fraction=0.5, index_kind="flat")]
     assert main(["contexts", "show", "book"]) == 0
     shown = capsys.readouterr().out

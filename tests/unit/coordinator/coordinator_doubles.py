@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from longreach import security, wire
-from longreach.errors import NotFound
+from longreach.errors import NotFound, Unavailable
 from longreach.rpc.channels import server_options
 from longreach.rpc.status import map_errors
 from longreach.steps import (
@@ -85,6 +85,7 @@ class FakeNode(retrieval_pb2_grpc.RetrievalServiceServicer):
         default_factory=lambda: defaultdict(dict)
     )
     dropped: list[str] = field(default_factory=list)
+    session_ids: list[str] = field(default_factory=list)
     address: str = ""
     server: grpc.Server | None = None
 
@@ -125,7 +126,8 @@ class FakeNode(retrieval_pb2_grpc.RetrievalServiceServicer):
             if request.context_id in ("", context_id)
         ]  # fmt: skip
         return retrieval_pb2.InventoryResponse(
-            shards=[wire.shard_inventory_to_proto(item) for item in found]
+            shards=[wire.shard_inventory_to_proto(item) for item in found],
+            session_ids=self.session_ids,
         )
 
 
@@ -154,6 +156,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     cancelled_prefills: int = 0
     prefill_gate: threading.Event = field(default_factory=threading.Event)
     step_gate: threading.Event = field(default_factory=threading.Event)
+    fail_opens: int = 0
     fail_rows_of: set[str] = field(default_factory=set)
     address: str = ""
     server: grpc.Server | None = None
@@ -199,6 +202,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     @map_errors
     def OpenSession(self, request: Any, context: Any) -> Any:
+        if self.fail_opens:
+            self.fail_opens -= 1
+            raise Unavailable("node-0 does not answer")
         record = wire.session_record_from_proto(request.record)
         security.verify(
             request.capability,

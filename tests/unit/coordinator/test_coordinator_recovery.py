@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 
 from conftest import eventually, new_world, raised, running_world
-from coordinator_doubles import answer
+from coordinator_doubles import FakeSession, answer
 
 from longreach.errors import NotFound, Unavailable
 from longreach.types import Identity
@@ -180,6 +180,7 @@ async def test_draining_lets_running_generations_finish_and_admits_no_more():
     refused = await raised(world.generate([5], max_tokens=1))
     assert isinstance(refused, Unavailable)
     assert refused.reason == "DRAINING"
+    assert (await raised(world.create(TOKENS))).reason == "DRAINING"
     worker.step_gate.set()
     assert (await running).token_ids == answer([4], 20)
     await draining
@@ -202,3 +203,31 @@ async def test_a_generation_that_outlasts_the_grace_is_cut_and_closed():
     assert not worker.sessions
     await world.stop()
     world.stop_doubles()
+
+
+async def test_sessions_that_a_crash_left_open_are_closed_and_those_of_others_are_not():
+    world = new_world()
+    worker = world.workers["worker-0"]
+    own, other = "ses-coordinator-0-left", "ses-coordinator-1-running"
+    for session_id in (own, other):
+        worker.sessions[session_id] = FakeSession([], 0)
+        world.nodes["node-0"].session_ids.append(session_id)
+    async with running_world(world):
+        await eventually(lambda: own not in worker.sessions)
+        assert (await world.generate([4], max_tokens=5)).token_ids == answer([4], 5)
+    assert set(worker.sessions) == {other}
+    world.stop_doubles()
+
+
+async def test_a_running_session_is_no_orphan(world):
+    worker, node = world.workers["worker-0"], world.nodes["node-0"]
+    worker.step_gate.clear()
+    running = asyncio.create_task(world.generate([4], max_tokens=5))
+    await eventually(lambda: worker.steps)
+    node.session_ids.extend(worker.opened)
+    world.incarnations["node-0"] = 2
+    await world.beat()
+    await asyncio.sleep(0.1)
+    assert worker.closed == []
+    worker.step_gate.set()
+    assert (await running).token_ids == answer([4], 5)

@@ -8,6 +8,7 @@ import pytest
 from coordinator_doubles import answer, next_token
 
 from coordinator.generation import FinishReason, Generation
+from coordinator.pacing import TOKENS_MIN, QuestionPace
 from coordinator.scheduler import DecodeLoop
 from longreach.errors import Aborted, Internal, NotFound, Unavailable
 from longreach.steps import StepOutcome, StepRowResult, StepTiming
@@ -26,6 +27,7 @@ class RecordingWorker:
         self.gate = asyncio.Event()
         self.gate.set()
         self.busy = False
+        self.token_s = 0.0
 
     async def step(self, rows):
         assert not self.busy, "the next step was sent before the last one answered"
@@ -37,7 +39,9 @@ class RecordingWorker:
             if self.lost:
                 raise self.lost
             results = [self._row(row) for row in rows if row.session_id not in self.silent]
-            return StepOutcome(tuple(results), StepTiming(wait_s=0.5, node_s=0.25))
+            total_s = self.token_s * sum(len(row.token_ids) for row in rows)
+            timing = StepTiming(total_s=total_s, wait_s=0.5, node_s=0.25)
+            return StepOutcome(tuple(results), timing)
         finally:
             self.busy = False
 
@@ -58,8 +62,9 @@ def _generation(name, question, max_tokens=4, **fields):
     return Generation(name, position=0, question=tuple(question), max_tokens=max_tokens, **fields)
 
 
-def _loop(worker, **limits):
-    return DecodeLoop(worker, **({"max_row_tokens": 8, "question_tokens": 8} | limits))
+def _loop(worker, *, max_row_tokens=8, question_tokens=8, step_s=10.0, **fields):
+    pace = QuestionPace(question_tokens, step_s)
+    return DecodeLoop(worker, max_row_tokens=max_row_tokens, pace=pace, **fields)
 
 
 async def _run(loop, generation):
@@ -206,3 +211,37 @@ async def test_times_and_work_are_summed_and_the_question_is_counted_apart():
     assert figures.steps.node_s == pytest.approx(6 * 0.25)
     assert figures.prompt_work.keys_in_scope == 20
     assert figures.work.keys_in_scope == 3
+
+
+def test_a_step_carries_as_many_question_tokens_as_fit_its_time():
+    pace = QuestionPace(tokens_max=512, step_s=0.2)
+    assert pace.tokens(decoders=3) == 512  # nothing is known yet
+    pace.observe(question_tokens=0, step_s=0.05)
+    pace.observe(question_tokens=3, step_s=0.06)  # too few to tell anything
+    assert pace.tokens(decoders=3) == 512
+    pace.observe(question_tokens=512, step_s=0.05 + 512 * 0.001)
+    assert pace.tokens(decoders=3) == 200
+    assert pace.tokens(decoders=0) == 512  # nobody waits
+
+
+def test_the_pace_follows_the_steps_and_never_stops():
+    pace = QuestionPace(tokens_max=512, step_s=0.2)
+    for _ in range(50):
+        pace.observe(question_tokens=16, step_s=16 * 0.5)
+    assert pace.tokens(decoders=1) == TOKENS_MIN
+    for _ in range(50):
+        pace.observe(question_tokens=16, step_s=16 * 0.002)
+    assert pace.tokens(decoders=1) == pytest.approx(100, abs=2)
+
+
+async def test_slow_questions_are_cut_finer_while_others_decode():
+    worker = RecordingWorker()
+    worker.token_s = 0.01
+    loop = _loop(worker, max_row_tokens=512, question_tokens=64, step_s=0.25)
+    decoding = asyncio.create_task(_run(loop, _generation("quick", [1], 30)))
+    await asyncio.sleep(0)
+    await _run(loop, _generation("long", [1] * 256, 1))
+    await decoding
+    rows = [tokens for step in worker.steps for name, tokens, _ in step if name == "long"]
+    assert rows[0] == 64 - 1  # the other one's question had a token in this step too
+    assert set(rows[1:-1]) <= {24, 25}

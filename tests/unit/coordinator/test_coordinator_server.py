@@ -145,6 +145,26 @@ async def test_a_long_prompt_is_stored_once_and_found_by_the_next_request(world)
     assert world.workers["worker-0"].prefills == 1
 
 
+async def test_another_question_about_the_same_long_prompt_reuses_what_is_stored(world):
+    document = [1 + i * i % 250 for i in range(2000)]
+    first = await world.generate([*document, *range(1, 40)], max_tokens=4)
+    assert first.summary.usage.context_tokens == 1984
+    other = [*document, *range(200, 100, -1)]
+    second = await world.generate(other, max_tokens=4)
+    assert second.token_ids == answer(other, 4)
+    assert second.summary.usage.context_tokens == 1984
+    assert second.summary.usage.prompt_tokens == len(other) - 1984
+    branch = [*document[:1200], *([7] * 300)]  # leaves the stored context half way
+    third = await world.generate(branch, max_tokens=4)
+    assert third.token_ids == answer(branch, 4)
+    assert third.summary.usage.context_tokens == 1152
+    assert world.workers["worker-0"].prefills == 1
+    far = [*document[:200], *([9] * 1300)]  # too little in common: stored on its own
+    fourth = await world.generate(far, max_tokens=4)
+    assert fourth.token_ids == answer(far, 4)
+    assert world.workers["worker-0"].prefills == 2
+
+
 async def test_sessions_are_closed_on_the_worker_when_they_end(world):
     worker = world.workers["worker-0"]
     await asyncio.gather(*(world.generate([i], max_tokens=6) for i in range(1, 9)))
@@ -246,6 +266,23 @@ async def test_a_lost_worker_ends_its_sessions_with_unavailable(world):
     status = await world.stub.GetStatus(pb.GetStatusRequest())
     states = {member.member_id: member.state for member in status.members}
     assert states["worker-0"] == "suspect"
+
+
+async def test_a_lost_worker_is_unavailable_and_not_unknown(world):
+    world.silent.add("worker-0")
+    world.workers["worker-0"].server.stop(0)
+    first = await raised(world.generate([1], max_tokens=1))
+    assert isinstance(first, Unavailable)
+    await raised(world.generate([1], max_tokens=1, model="tiny"))
+
+
+async def test_a_session_is_opened_again_when_a_node_was_away_for_a_moment(world):
+    worker = world.workers["worker-0"]
+    worker.fail_opens = 2
+    assert (await world.generate([4], max_tokens=3)).token_ids == answer([4], 3)
+    worker.fail_opens = 3
+    assert isinstance(await raised(world.generate([4], max_tokens=3)), Unavailable)
+    await eventually(lambda: not worker.sessions)
 
 
 async def test_the_services_are_ready_while_a_worker_and_a_node_are_alive():

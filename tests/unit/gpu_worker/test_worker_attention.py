@@ -129,7 +129,7 @@ def test_a_sink_takes_its_share_of_the_mass_and_gives_nothing() -> None:
 def test_without_the_flash_operator_the_same_answers_come(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors((4, 60, 16), (2, 100, 16), (2, 100, 16))
     fast = causal_attention(q, k, v, 40, 0.3)
-    monkeypatch.setattr(twin, "_FLASH", False)
+    monkeypatch.setattr(twin, "_flash_works", lambda device: False)
     plain = causal_attention(q, k, v, 40, 0.3)
     torch.testing.assert_close(plain.output, fast.output, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(plain.lse, fast.lse, atol=1e-5, rtol=1e-5)
@@ -140,3 +140,18 @@ def test_keys_that_no_cache_returned_are_refused() -> None:
     q, k, v = tensors((1, 4, 3, 16), (1, 2, 3, 16), (1, 2, 3, 16))
     with pytest.raises(Internal, match="changed the keys"):
         registered_attention(module, q, k, v, None)
+
+
+def test_a_flash_operator_that_changed_its_meaning_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flash = twin._flash
+
+    def changed(*args: object, **kwargs: object) -> Partial:
+        part = flash(*args, **kwargs)  # type: ignore[arg-type]
+        return Partial(part.output, part.lse / np.log(2))
+
+    assert twin._flash_works.__wrapped__("cpu")
+    monkeypatch.setattr(twin, "_flash", changed)
+    assert not twin._flash_works.__wrapped__("cpu")
+    assert "disagrees" in caplog.text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from longreach.errors import (
     CoverageTooLow,
     IdentityMismatch,
     InvalidRequest,
+    PermissionDenied,
     ResourceExhausted,
     StaleEpoch,
     Unavailable,
@@ -87,7 +89,7 @@ def test_a_session_without_a_context_lives_in_its_tail() -> None:
     with cluster(model) as nodes:
         engine = nodes.engine()
         to = nodes.destination(0)
-        assert nodes.open(engine, type(to)("", to.identity, to.shard_map, b""), 0)[0] == 0
+        assert nodes.open(engine, replace(to, context_id=""), 0)[0] == 0
         assert_follows(engine, want, 0, list(range(32, 300, 32)))
 
 
@@ -339,24 +341,44 @@ def test_kv_of_another_identity_is_refused() -> None:
         to = nodes.destination(CONTEXT)
         other = Identity("llama", "another revision", "float32")
         with pytest.raises(IdentityMismatch, match="revision"):
-            engine.prefill(
-                type(to)(to.context_id, other, to.shard_map, to.capability),
-                TOKENS[:CONTEXT],
-                threading.Event(),
-            )
+            engine.prefill(replace(to, identity=other), TOKENS[:CONTEXT], threading.Event())
 
 
-def test_a_tenants_digest_is_no_mismatch() -> None:
+def test_a_capability_for_something_else_is_refused() -> None:
     model = random_model("llama")
     with cluster(model) as nodes:
         engine = nodes.engine()
-        to = nodes.destination(CONTEXT)
-        identity = Identity("llama", model.info.revision, "float32", tenant="a-tenant")
-        with pytest.raises(Exception, match="capability"):
-            last_progress(
+        to, other = nodes.destination(CONTEXT), nodes.destination(CONTEXT)
+        for capability in (b"", other.capability, to.capability[:-1] + b"x"):
+            with pytest.raises(PermissionDenied):
                 engine.prefill(
-                    type(to)(to.context_id, identity, to.shard_map, to.capability),
-                    TOKENS[:CONTEXT],
-                    threading.Event(),
+                    replace(to, capability=capability), TOKENS[:CONTEXT], threading.Event()
                 )
-            )
+        tenant = replace(to, identity=replace(to.identity, tenant="another"))
+        with pytest.raises(PermissionDenied, match="another"):
+            engine.prefill(tenant, TOKENS[:CONTEXT], threading.Event())
+
+
+def test_an_older_epoch_does_not_close_a_newer_session() -> None:
+    model = random_model("llama")
+    with cluster(model) as nodes:
+        engine = nodes.engine()
+        to = nodes.prefill(engine, TOKENS[:CONTEXT])
+        nodes.open(engine, to, CONTEXT, epoch=3)
+        with pytest.raises(StaleEpoch):
+            nodes.open(engine, to, CONTEXT, epoch=2)
+        assert feed(engine, CONTEXT, TOKENS[CONTEXT : CONTEXT + 1]).results[0].error is None
+
+
+def test_a_sparse_prefill_is_another_identity_and_serves_its_own_contexts() -> None:
+    model = random_model("llama")
+    with cluster(model, prefill_pattern="vertical_slash:verticals=5000,slashes=5000") as nodes:
+        engine = nodes.engine()
+        identity = engine.status().model.identity
+        assert identity.prefill == "vertical_slash:verticals=5000,slashes=5000"
+        with pytest.raises(IdentityMismatch, match="prefill 'dense'"):
+            nodes.open(engine, nodes.destination(CONTEXT), CONTEXT)
+        to = nodes.prefill(engine, TOKENS[:CONTEXT])
+        nodes.open(engine, to, CONTEXT)
+        # A budget of every column and diagonal is dense attention.
+        assert_follows(engine, eager_logits(model, TOKENS), CONTEXT, [CONTEXT + 10])

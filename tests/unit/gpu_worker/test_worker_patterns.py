@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from gpu_worker.patterns import PATTERNS, attend_chunk
 from gpu_worker.patterns.base import KEY_BLOCK, Pattern
 from gpu_worker.patterns.reference import attend_reference, selection_mask
+from gpu_worker.patterns.spec import canonical, parse_pattern
 from gpu_worker.patterns.vertical_slash import VerticalSlash, diagonal_sums
+from longreach.errors import InvalidRequest
 
 SMALL: dict[str, dict[str, int | float | bool]] = {
     "dense": {},
@@ -154,3 +156,31 @@ def test_adaptive_finds_a_planted_block_that_a_fixed_window_misses() -> None:
     error = lambda r: float((r.output - dense.output)[:, 1920:].norm())
     assert ours.density < window.density
     assert error(ours) < 0.5 * error(window)
+
+
+@pytest.mark.parametrize("name", list(PATTERNS))
+def test_a_pattern_is_named_by_its_canonical_text(name: str) -> None:
+    text = canonical(PATTERNS[name]())
+    assert canonical(parse_pattern(text)) == text
+    assert canonical(parse_pattern(name)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("nothing", "known: .*adaptive.*vertical_slash"),
+        ("adaptive:weight=3", "no parameter 'weight'.*mass"),
+        ("adaptive:mass=much", "mass is 'much'.*float"),
+        ("dense:mass=1", "it has none"),
+    ],
+)
+def test_a_wrong_pattern_text_says_what_would_be_right(text: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        parse_pattern(text)
+
+
+def test_pattern_parameters_are_taken_from_the_text() -> None:
+    pattern = parse_pattern("adaptive:mass=0.5,mean_correction=false,max_blocks=7")
+    assert "mass=0.5" in canonical(pattern)
+    assert "mean_correction=False" in canonical(pattern)
+    assert "max_blocks=7" in canonical(pattern)

@@ -17,6 +17,7 @@ from worker_models import (
 
 from gpu_worker.chunking import FixedChunks, sample_positions
 from gpu_worker.model import Model
+from gpu_worker.patterns import PATTERNS
 from gpu_worker.prefill import PrefillJob
 from longreach.errors import Cancelled
 from longreach.types import IntArray, StorageArray
@@ -146,3 +147,43 @@ def test_short_prompts_are_prefilled_too(tokens: int) -> None:
     model = random_model("qwen3")
     want = eager_logits(model, TOKENS[:tokens])[-1]
     assert_logits_equal(prefill(model, 64, TOKENS[:tokens]).logits, want)  # type: ignore[attr-defined]
+
+
+FULL = {
+    "a_shape": {"sink_tokens": 64, "window_tokens": 512},
+    "block_sparse": {"top_blocks": 100},
+    "vertical_slash": {"verticals": 1000, "slashes": 1000},
+    "adaptive": {"mass": 1.0, "dense_below": 0},
+}
+SPARSE = {
+    "a_shape": {"sink_tokens": 64, "window_tokens": 64},
+    "vertical_slash": {"verticals": 30, "slashes": 100},
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("name", sorted(FULL))
+def test_a_pattern_that_leaves_nothing_out_is_dense_attention(name: str, family: str) -> None:
+    model = random_model(family)
+    pattern = PATTERNS[name](**FULL[name])  # type: ignore[arg-type]
+    job = PrefillJob(TOKENS, model.layers, KeepingSink(), FixedChunks(128), pattern=pattern)
+    assert_logits_equal(job.run(model.module, model.device), eager_logits(model, TOKENS)[-1])
+    # Only layers of full attention without a softcap are served by the pattern.
+    assert (job.pairs_visible > 0) == (family != "gemma2")
+
+
+@pytest.mark.parametrize("name", sorted(SPARSE))
+def test_a_sparse_prefill_sends_each_layer_once_and_counts_its_density(name: str) -> None:
+    model = random_model("llama")
+    pattern = PATTERNS[name](**SPARSE[name])  # type: ignore[arg-type]
+    tokens = random_tokens(900)
+    results = {}
+    for chunk in (128, 1024):
+        sink = KeepingSink()
+        job = PrefillJob(tokens, model.layers, sink, FixedChunks(chunk), pattern=pattern)
+        results[chunk] = job.run(model.module, model.device)
+        starts = range(0, 900, chunk)
+        assert sink.starts == [(layer, start) for layer in range(3) for start in starts]
+        assert sum(keys.shape[1] for keys in sink.keys[2]) == 900
+        assert 0 < job.pairs_attended < job.pairs_visible
+    assert_logits_equal(results[128], results[1024])

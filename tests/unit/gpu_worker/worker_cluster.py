@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -17,7 +18,15 @@ from gpu_worker.model import Model
 from gpu_worker.offload import Destination
 from longreach.security import Capability, sign
 from longreach.steps import PrefillProgress, StepOutcome, StepRow
-from longreach.types import Budget, SamplingParams, SessionRecord, Shard, ShardMap, Span
+from longreach.types import (
+    Budget,
+    Identity,
+    SamplingParams,
+    SessionRecord,
+    Shard,
+    ShardMap,
+    Span,
+)
 from retrieval_node.__main__ import build_store
 from retrieval_node.config import NodeConfig
 from retrieval_node.server import start_server
@@ -68,18 +77,20 @@ class Cluster:
         shards = _POLICIES[policy](self.model, tokens, tuple(self.nodes))
         return ShardMap(shards, {name: node.address for name, node in self.nodes.items()}, policy)
 
-    def destination(self, tokens: int, policy: str = "layer") -> Destination:
+    def destination(
+        self, tokens: int, policy: str = "layer", identity: Identity | None = None
+    ) -> Destination:
         context_id = f"ctx-{next(_contexts):032x}"
         capability = Capability("write", "", context_id, time.time() + 600)
         return Destination(
             context_id,
-            self.model.info.identity,
+            identity or self.model.info.identity,
             self.shard_map(tokens, policy),
             sign(capability, SECRET.encode()),
         )
 
     def prefill(self, engine: Engine, tokens: Sequence[int], policy: str = "layer") -> Destination:
-        to = self.destination(len(tokens), policy)
+        to = self.destination(len(tokens), policy, engine.info.identity)
         progress = list(engine.prefill(to, tokens, threading.Event()))
         assert progress[-1].summary is not None
         return to
@@ -115,14 +126,15 @@ def feed(
 
 
 @contextmanager
-def cluster(model: Model, nodes: int = 2, **config: int) -> Iterator[Cluster]:
-    settings = {
+def cluster(model: Model, nodes: int = 2, **config: Any) -> Iterator[Cluster]:
+    settings: dict[str, Any] = {
         "sink_tokens": 8,
         "window_tokens": 40,
         "max_row_tokens": 32,
         "max_sessions": 3,
         "prefill_chunk_tokens": 128,
         "append_timeout_ms": 1000,
+        "cluster_secret": SECRET,
         **config,
     }
     found = Cluster(model, {f"n{i}": start_node() for i in range(nodes)}, WorkerConfig(**settings))

@@ -69,6 +69,16 @@ def test_one_wrong_answer_makes_the_report_wrong() -> None:
     assert not _report(_answer(" 1", "1"), _answer(" 3", "2")).right
 
 
+def test_an_answer_given_while_the_index_was_building_counts_too() -> None:
+    report = _report(_answer(" 1", "1"))
+    right = dataclasses.replace(report, early=_answer(" 1", "1"))
+    wrong = dataclasses.replace(report, early=_answer(" 7", "1"))
+    assert right.right
+    assert not wrong.right
+    assert wrong.as_json()["answered_while_indexing"]["answer"] == "7"
+    assert "answered_while_indexing" not in report.as_json()
+
+
 def test_an_answer_that_full_attention_does_not_give_is_wrong() -> None:
     assert _answer(" 1", "1", full="1").right
     assert not _answer(" 1", "1", full="7").right

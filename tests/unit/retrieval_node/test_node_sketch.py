@@ -142,8 +142,8 @@ def test_the_tail_estimate_brings_output_and_lse_close_to_full_attention(long, t
     output, lse, _ = heads.reference(queries)
     error = relative_error(answer.partial.output, output)
     without = ask(index, queries, Budget(top_k=100), Span(0, 20_013))
-    assert np.median(error) <= 0.05
-    assert np.median(error) < 0.5 * np.median(relative_error(without.partial.output, output))
+    assert np.median(error) < 0.1
+    assert np.median(error) < 0.15 * np.median(relative_error(without.partial.output, output))
     assert np.abs(answer.partial.lse - lse).max() < 0.1
     assert np.abs(answer.partial.lse - lse).mean() < 0.02
 
@@ -197,16 +197,26 @@ def test_positions_count_from_the_shards_start():
 def test_the_mass_budget_keeps_the_mass_it_was_asked_for(long):
     heads, index = long
     queries = heads.queries(4)
-    answer = ask(index, queries, Budget(mass=0.9), Span(0, 20_013))
+    answer = ask(index, queries, Budget(mass=0.5), Span(0, 20_013))
     _, lse, logits = heads.reference(queries)
     masses = []
     for place in np.ndindex(*lse.shape):
         row, head, member = place
         ids = answer.selected[row][head][member]
         masses.append(np.exp(logits[place][ids] - lse[place]).sum())
-    assert min(masses) >= 0.88
-    assert np.mean(masses) >= 0.895
-    assert answer.work.attended_fraction < 0.6
+    assert min(masses) >= 0.45
+    assert 0.49 <= np.mean(masses) < 0.55
+    assert answer.work.attended_fraction < 0.2
+
+
+def test_a_mass_that_needs_much_of_the_scope_reads_all_of_it_in_order(long):
+    heads, index = long
+    queries = heads.queries(1)
+    answer = ask(index, queries, Budget(mass=0.999), Span(0, 20_013))
+    output, lse, _ = heads.reference(queries)
+    np.testing.assert_allclose(answer.partial.output, output, atol=1e-3)
+    np.testing.assert_allclose(answer.partial.lse, lse, atol=1e-3)
+    assert answer.work.attended_fraction == 1.0
 
 
 def test_floor_and_ceiling_bound_the_mass_budget(long):
@@ -249,7 +259,7 @@ def test_no_key_below_the_logit_floor_is_kept(long):
     for place in list(np.ndindex(*floor.shape))[1:]:
         row, head, member = place
         ids = answer.selected[row][head][member]
-        assert 25 <= len(ids) <= 31
+        assert 24 <= len(ids) <= 31
         assert logits[place][ids].min() >= floor[place] - 1e-3
 
 
@@ -257,8 +267,8 @@ def test_no_key_below_the_logit_floor_is_kept(long):
 def test_a_softcap_is_applied_to_found_and_estimated_keys(long, tier, text):
     heads, index = long
     queries = heads.queries(2)
-    answer = ask(index, queries, Budget.parse(text), Span(0, 20_013), softcap=8.0)
-    _, lse, logits = heads.reference(queries, softcap=8.0)
+    answer = ask(index, queries, Budget.parse(text), Span(0, 20_013), softcap=30.0)
+    _, lse, logits = heads.reference(queries, softcap=30.0)
     ids = answer.selected[1][0][2]
     if "tail" in text:
         assert np.abs(answer.partial.lse - lse).max() < 0.1
@@ -322,7 +332,7 @@ def test_groups_of_any_size_are_searched(group):
     answer = ask(index, queries, Budget(top_k=50, tail_estimate=True), Span(0, 6_000))
     output, lse, logits = heads.reference(queries)
     assert recall(answer.selected, logits, 50, 0) > 0.9
-    assert np.median(relative_error(answer.partial.output, output)) < 0.05
+    assert np.median(relative_error(answer.partial.output, output)) < 0.15
     assert np.abs(answer.partial.lse - lse).max() < 0.1
 
 

@@ -337,6 +337,24 @@ async def test_an_address_where_nobody_answers_is_named(client: Any) -> None:
             await lonely_too.status()
 
 
+async def test_cancelling_the_task_cancels_the_creation_on_the_server(
+    address: str, service: Any
+) -> None:
+    service.hold.clear()
+    service.create_replies = [pb.CreateContextResponse(context=_context())] * 2
+    async with AsyncClient(address) as client:
+        seen = asyncio.Event()
+        task = asyncio.create_task(
+            client.contexts.create(text="x", on_progress=lambda _: seen.set())
+        )
+        await seen.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(service.ended.wait, 10)
+    assert service.cancelled
+
+
 async def test_cancelling_the_task_cancels_the_generation_on_the_server(
     address: str, service: Any
 ) -> None:

@@ -1,0 +1,350 @@
+"""Every index kind and its peers on one KV head: time at a recall, error, size and build time.
+
+All methods run interleaved in one process on one thread: for each decode step every method answers
+the four query heads of a group, right after 96 MB were streamed through the caches (cold) and again
+(warm). Peers are timed for the search alone, longreach's kinds for search and attention. Each
+method is timed at the cheapest width whose recall of the best 100 keys reaches .90, .95 and .99.
+Recall alone says little about attention, so errors of the output and of the LSE against full
+attention, and the attention mass covered, stand beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import retrieval_node.index  # noqa: F401  (registers every kind)
+from benchmarks.peers import PEERS, Peer
+from benchmarks.report import Report, argument_parser
+from benchmarks.retrieval_targets import check_targets
+from benchmarks.roargraph_in_faiss import RoarGraphInFaiss
+from benchmarks.scene import (
+    TOP,
+    Bandwidth,
+    Quality,
+    Scene,
+    build,
+    cold_seconds,
+    measure_bandwidth,
+    warm_seconds,
+)
+from longreach.errors import FailedPrecondition
+from longreach.types import BFLOAT16, Budget, PartialAttention, total_work
+from retrieval_node import kernel
+from retrieval_node.graph_kernel import build_graph
+from retrieval_node.index.base import INDEX_KINDS, Index
+from retrieval_node.index.faiss_kind import faiss_threads
+from retrieval_node.index.roargraph import RoarGraphIndex
+from retrieval_node.index.roargraph_build import (
+    BUILD_BEAM,
+    DEGREE,
+    exact_neighbours,
+    group_queries,
+    training_queries,
+)
+
+RECALLS = (0.90, 0.95, 0.99)
+ASKED = (100, 120, 150, 200, 300, 400, 600, 900, 1400)
+"""Keys asked of our kinds, to reach a recall of the best 100: they have no other width."""
+TAIL_BUDGETS = ("top_k=100+tail", "mass=0.95[64,1024]+tail")
+SLOW_KINDS = ("hnsw", "roargraph")
+"""Kinds whose build takes too long for a quick run."""
+
+
+@dataclass
+class Method:
+    """A method at one width: how to run a step, what it costs and how good it is."""
+
+    name: str
+    setting: str
+    run: Callable[[int], object]
+    quality: Quality
+    attends: bool
+    bytes_per_key: float
+    build_cpu_s: float
+    extra: dict[str, float] = field(default_factory=dict)
+    cold: list[float] = field(default_factory=list)
+    warm: list[float] = field(default_factory=list)
+
+
+def peer_methods(peer: Peer, scene: Scene) -> Iterator[Method]:
+    """The peer at the cheapest setting that reaches each recall."""
+
+    def search(step: int, setting: int) -> np.ndarray:
+        return peer.search(scene.queries[step, 0], setting)
+
+    def run_at(setting: int) -> Callable[[int], object]:
+        return lambda step: search(step, setting)
+
+    def quality(setting: int) -> Quality:
+        ids = np.array([search(step, setting) for step in range(scene.steps)])
+        return scene.judge([list(each) for each in ids], scene.attention_over(ids))
+
+    for setting, reached in cheapest(peer.settings, quality):
+        yield Method(
+            peer.name, str(setting), run_at(setting), reached, False, peer.bytes_per_key,
+            peer.build_cpu_s
+        )  # fmt: skip
+
+
+def kind_methods(kind: str, built: Built, scene: Scene) -> Iterator[Method]:
+    """One of our kinds at the fewest keys that reach each recall, and with a tail estimate."""
+    index = built.index
+
+    def method(budget: Budget) -> Method:
+        return Method(
+            kind,
+            str(budget),
+            lambda step: index.attend([scene.rows(step, budget)], scene.work.scale),
+            answers_quality(index, scene, budget),
+            True,
+            index.index_bytes / scene.keys,
+            built.build_cpu_s,
+            {"graph_cpu_s": built.graph_cpu_s, **work_of(index, scene, budget)},
+        )
+
+    if kind == "flat":
+        yield method(Budget(exact=True))
+        yield method(Budget(top_k=TOP))
+        return
+    widths = cheapest(ASKED, lambda k: answers_quality(index, scene, Budget(top_k=k)))
+    for asked, _ in widths:
+        yield method(Budget(top_k=asked))
+    for text in TAIL_BUDGETS:
+        yield method(Budget.parse(text))
+
+
+def cheapest(
+    settings: Sequence[int], quality: Callable[[int], Quality]
+) -> Iterator[tuple[int, Quality]]:
+    """For each recall the first setting that reaches it; the last setting when none does."""
+    wanted = list(RECALLS)
+    for setting in settings:
+        reached = quality(setting)
+        if reached.recall >= wanted[0] or setting == settings[-1]:
+            yield setting, reached
+        while wanted and reached.recall >= wanted[0]:
+            wanted.pop(0)
+        if not wanted:
+            return
+
+
+def answers_quality(index: Index, scene: Scene, budget: Budget) -> Quality:
+    """Quality of an index's answers to every step."""
+    answers = [
+        index.attend([scene.rows(step, budget)], scene.work.scale, want_selected=True)[0]
+        for step in range(scene.steps)
+    ]
+    partial = PartialAttention(
+        np.concatenate([answer.partial.output[:, 0] for answer in answers]),
+        np.concatenate([answer.partial.lse[:, 0] for answer in answers]),
+    )
+    return scene.judge([answer.selected[0][0] for answer in answers if answer.selected], partial)
+
+
+def work_of(index: Index, scene: Scene, budget: Budget) -> dict[str, float]:
+    """What the steps read, and how long their searches took (wall time of the kernel)."""
+    answers = [
+        index.attend([scene.rows(step, budget)], scene.work.scale)[0] for step in range(scene.steps)
+    ]
+    work = total_work([answer.work for answer in answers])
+    rows = work.keys_scanned + work.keys_attended  # a key row each, a value row each
+    codes = work.bytes_read - rows * scene.kv.row_bytes // 2
+    return {
+        "scan_fraction": work.scan_fraction,
+        "sketch_fraction": work.sketch_fraction,
+        "attended_fraction": work.attended_fraction,
+        "bytes_fraction": work.bytes_fraction,
+        "code_bytes": codes / work.keys_sketched if work.keys_sketched else 0.0,
+        "scan_ms": float(np.median([answer.search_s for answer in answers])) * 1e3,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An index and the CPU seconds of its build; for graphs also without the exact neighbours."""
+
+    index: Index
+    build_cpu_s: float
+    graph_cpu_s: float = 0.0
+
+
+def built_kind(kind: str, scene: Scene, cache: Path) -> Built:
+    """An index of a kind; graphs are kept on disk."""
+    if kind != "roargraph":
+        return Built(*build(kind, scene))
+    path = cache / f"roargraph-{scene.label}.index"
+    times = path.with_suffix(".json")
+    try:
+        return Built(RoarGraphIndex.load(path, scene.kv), **json.loads(times.read_text()))
+    except (FailedPrecondition, OSError, ValueError):
+        made = build_roargraph(scene)
+        made.index.save(path)
+        seconds = {"build_cpu_s": made.build_cpu_s, "graph_cpu_s": made.graph_cpu_s}
+        times.write_text(json.dumps(seconds))
+        return Built(made.index, **seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltGraph:
+    """A RoarGraph index with its build times."""
+
+    index: RoarGraphIndex
+    build_cpu_s: float
+    graph_cpu_s: float
+
+
+def build_roargraph(scene: Scene) -> BuiltGraph:
+    """What the kind's build does, with the exact neighbours timed apart."""
+    started = time.process_time()
+    queries = training_queries(group_queries(scene.sample, 1, 0), scene.keys)
+    neighbours = exact_neighbours(scene.centred, queries, 1, lambda: True)
+    searched = time.process_time()
+    assert neighbours is not None
+    graph = build_graph(
+        scene.centred.astype(BFLOAT16), neighbours, DEGREE, BUILD_BEAM, 1, lambda: True
+    )
+    finished = time.process_time()
+    assert graph is not None
+    return BuiltGraph(RoarGraphIndex(scene.kv, [graph]), finished - started, finished - searched)
+
+
+def interleave(methods: list[Method], steps: int) -> None:
+    """Times every method on every step, in turn."""
+    for step in range(steps):
+        for method in methods:
+
+            def call(run: Callable[[int], object] = method.run, step: int = step) -> object:
+                return run(step)
+
+            method.cold.append(cold_seconds(call))
+            method.warm.append(warm_seconds(call))
+
+
+def measure(scene: Scene, plan: Plan) -> list[dict[str, Any]]:
+    """All methods on one scene, one row for each width."""
+    bandwidth = measure_bandwidth(scene)
+    methods: list[Method] = []
+    for kind in plan.kinds:
+        if plan.leaves_out(f"{kind} on {scene.label}", plan.quick and kind in SLOW_KINDS):
+            continue
+        built = built_kind(kind, scene, plan.cache)
+        methods += kind_methods(kind, built, scene)
+        if isinstance(built.index, RoarGraphIndex):
+            same = RoarGraphInFaiss(scene, built.index, built.build_cpu_s)
+            methods += peer_methods(same, scene)
+    for peer_type in plan.peers:
+        peer = peer_type(scene.keys, scene.centred.shape[1])
+        cached = peer.path(plan.cache, scene.label).exists()
+        slow = not peer.quick and not cached
+        if plan.leaves_out(f"{peer.name} on {scene.label}", slow and plan.keeps_from_slow(scene)):
+            continue
+        peer.prepare(plan.cache, scene.label, scene.centred)
+        methods += peer_methods(peer, scene)
+    interleave(methods, scene.steps)
+    return [row_of(scene, method, bandwidth) for method in methods]
+
+
+def row_of(scene: Scene, method: Method, bandwidth: Bandwidth) -> dict[str, Any]:
+    """Everything measured of one method at one width."""
+    return {
+        "data": scene.name,
+        "keys": scene.keys,
+        "method": method.name,
+        "setting": method.setting,
+        "recall": round(method.quality.recall, 4),
+        "cold_ms": float(np.median(method.cold)) * 1e3,
+        "warm_ms": float(np.median(method.warm)) * 1e3,
+        "output_error": method.quality.output_error,
+        "lse_error": method.quality.lse_error,
+        "mass": method.quality.mass,
+        "bytes_per_key": method.bytes_per_key,
+        "build_cpu_s": method.build_cpu_s,
+        "attends": method.attends,
+        "sequential_gb_s": bandwidth.sequential * 1e-9,
+        "gather_gb_s": bandwidth.gather * 1e-9,
+        **method.extra,
+    }
+
+
+SHOWN = ("data", "keys", "method", "setting", "recall", "cold_ms", "warm_ms", "output_error",
+         "lse_error", "mass", "bytes_per_key", "build_cpu_s")  # fmt: skip
+"""Columns of the report's table; the others are under `details` in its JSON."""
+
+
+@dataclass
+class Plan:
+    """What to run, and what was left out."""
+
+    report: Report
+    cache: Path
+    kinds: list[str]
+    peers: list[type[Peer]]
+    quick: bool
+    slow_up_to: int
+    deadline: float
+
+    def keeps_from_slow(self, scene: Scene) -> bool:
+        """Whether peers that take minutes to build are not built for this scene."""
+        return self.quick or scene.keys > self.slow_up_to
+
+    def leaves_out(self, what: str, slow: bool) -> bool:
+        """Notes and says that something is not measured, if so."""
+        late = time.monotonic() > self.deadline
+        if slow:
+            self.report.skip(what, "its build takes minutes and it is not in the cache")
+        elif late:
+            self.report.skip(what, "the quick run's 50 s were spent")
+        return slow or late
+
+
+def main() -> None:
+    """Command line."""
+    parser = argument_parser("retrieval", __doc__ or "")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 128, 512, 1024], metavar="K",
+                        help="keys, in units of 1024")  # fmt: skip
+    parser.add_argument("--data", nargs="+", default=["structured", "hard"])
+    parser.add_argument("--kinds", nargs="+", default=[k for k in INDEX_KINDS if k != "auto"])
+    parser.add_argument("--peers", nargs="*", default=[peer.name for peer in PEERS])
+    parser.add_argument("--steps", type=int, default=24, help="decode steps timed per method")
+    parser.add_argument("--cache", type=Path, default=Path("bench-cache"))
+    parser.add_argument("--slow-up-to", type=int, default=1024, metavar="K",
+                        help="build slow peers for at most this many keys")  # fmt: skip
+    given = parser.parse_args()
+    sizes, data, steps = given.sizes, given.data, given.steps
+    if given.quick:
+        sizes, data, steps = [128], ["structured"], 8
+    kernel.set_threads(1)
+    config: dict[str, Any] = {
+        "sizes": [size * 1024 for size in sizes], "data": data, "steps": steps, "head_dim": 128,
+        "group": 4, "dtype": "bfloat16", "threads": 1, "isa": kernel.isa(), "top": TOP,
+    }  # fmt: skip
+    report = Report("retrieval", config, quick=given.quick)
+    deadline = time.monotonic() + 35 if given.quick else float("inf")
+    peers = [peer for peer in PEERS if peer.name in given.peers]
+    plan = Plan(report, given.cache, given.kinds, peers, given.quick, given.slow_up_to * 1024,
+                deadline)  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    with faiss_threads(1):
+        for name in data:
+            for size in sizes:
+                rows += measure(Scene(name, size * 1024, steps, given.cache), plan)
+    config["details"] = rows
+    for row in rows:
+        report.add(**{column: row[column] for column in SHOWN})
+    check_targets(report, rows)
+    report.finish(given.json)
+    if given.json is not None:
+        from benchmarks.retrieval_plot import plot
+
+        plot(rows, given.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

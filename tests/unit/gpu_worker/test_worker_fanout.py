@@ -1,0 +1,283 @@
+"""The fan-out over scripted nodes that speak the real messages: replicas and what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpu_worker import fanout as module
+from gpu_worker.fanout import FanOut, NodeSession
+from gpu_worker.methods.base import Collected, SessionQueries
+from gpu_worker.routes import plan_route
+from longreach import wire
+from longreach.attention import merge, partial_attention
+from longreach.errors import (
+    CoverageTooLow,
+    DeadlineExceeded,
+    LongreachError,
+    StaleEpoch,
+    Unavailable,
+)
+from longreach.types import (
+    AttendResult,
+    AttendRows,
+    Budget,
+    LayerGeometry,
+    PartialAttention,
+    Shard,
+    ShardMap,
+    Span,
+    WorkFigures,
+)
+from longreach.wire import NodeTiming
+
+LAYERS = (LayerGeometry(0, 8, 4, 16, 12),)
+SCALE = 0.25
+RNG = np.random.default_rng(0)
+KEYS = RNG.normal(size=(4, 200, 16)).astype(np.float32)
+VALUES = RNG.normal(size=(4, 200, 12)).astype(np.float32)
+
+
+def attend(queries: np.ndarray, scope: Span, heads: tuple[int, int] = (0, 4)) -> PartialAttention:
+    rows = (slice(*heads), slice(scope.start, scope.stop))
+    return partial_attention(queries, KEYS[rows], VALUES[rows], SCALE)
+
+
+class ScriptedNode:
+    """A node's Attend stream that answers exactly, until told otherwise."""
+
+    def __init__(self) -> None:
+        self.asked: list[AttendRows] = []
+        self.messages = 0
+        self.write_error: LongreachError | None = None
+        self.silent = False
+        self.answer: Callable[[AttendRows], AttendResult | LongreachError] = self.exact
+        self._replies: dict[int, Any] = {}
+
+    def exact(self, rows: AttendRows) -> AttendResult:
+        heads = (rows.kv_head_start, rows.kv_head_stop)
+        count = len(rows.queries) * (heads[1] - heads[0]) * len(rows.scope)
+        work = WorkFigures(count, count, 0, count, count * 112, count * 112, count)
+        return AttendResult(attend(np.asarray(rows.queries), rows.scope, heads), work, "flat")
+
+    async def write(self, request: Any) -> None:
+        self.messages += 1
+        if self.write_error is not None:
+            raise self.write_error
+        rows = wire.attend_rows_from_proto(request)
+        self.asked.extend(rows)
+        shapes = [(r.queries.shape[0], r.queries.shape[1], 12) for r in rows]
+        self._replies[request.request_id] = wire.attend_response(
+            request.request_id, [self.answer(r) for r in rows], shapes, NodeTiming(attend_s=0.002)
+        )
+
+    async def read(self, request_id: int, timeout_s: float | None = None) -> Any:
+        if self.silent:
+            assert timeout_s is not None
+            await asyncio.sleep(timeout_s)
+            raise DeadlineExceeded("the node is silent")
+        return self._replies.pop(request_id)
+
+    async def close(self) -> None:
+        pass
+
+
+class Tier:
+    """Three scripted nodes and a fan-out over them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.nodes = {f"n{i}": ScriptedNode() for i in range(3)}
+        self.fanout = FanOut(LAYERS, loop, self.nodes.__getitem__)
+
+    def attach(self, *shards: Shard, session_id: str = "s") -> NodeSession:
+        addresses = {name: name for name in self.nodes}
+        route = plan_route(ShardMap(shards, addresses, "test"), LAYERS, 200)
+        handles = {name: 10 * (i + 1) for i, name in enumerate(self.nodes)}
+        session = NodeSession(route, handles)
+        self.fanout.attach(session_id, session)
+        return session
+
+    def ask(self, *queries: SessionQueries, deadline_s: float = 5.0) -> Collected:
+        deadline = time.monotonic() + deadline_s
+        return self.fanout.send(0, queries, SCALE, 0.0, deadline).collect()
+
+
+@pytest.fixture
+def tier() -> Iterator[Tier]:
+    loop = asyncio.new_event_loop()
+    yield Tier(loop)
+    loop.close()
+
+
+def shard(
+    name: str,
+    nodes: tuple[str, ...],
+    span: tuple[int, int] = (0, 200),
+    heads: tuple[int, int] = (0, 4),
+) -> Shard:
+    return Shard(name, Span(*span), (0,), *heads, nodes)
+
+
+def queries(
+    session_id: str = "s", rows: int = 2, scope: tuple[int, int] = (8, 190)
+) -> SessionQueries:
+    drawn = np.random.default_rng(rows).normal(size=(rows, 8, 16)).astype(np.float32)
+    return SessionQueries(session_id, drawn, Span(*scope), Budget(exact=True))
+
+
+def merged(collected: Collected, number: int = 0) -> PartialAttention:
+    """The answer of one session over all heads, put together as the specification says."""
+    by_heads: dict[int, list[PartialAttention]] = {}
+    for part in collected.answers[number].parts:
+        by_heads.setdefault(part.q_head_start, []).append(part.partial)
+    whole = [merge(parts) for _, parts in sorted(by_heads.items())]
+    return PartialAttention(
+        np.concatenate([part.output for part in whole], 1),
+        np.concatenate([part.lse for part in whole], 1),
+    )
+
+
+def assert_exact(collected: Collected, asked: SessionQueries, number: int = 0) -> None:
+    got, want = merged(collected, number), attend(np.asarray(asked.queries), asked.scope)
+    np.testing.assert_allclose(got.output, want.output, atol=1e-5)
+    np.testing.assert_allclose(got.lse, want.lse, atol=1e-5)
+    assert collected.answers[number].error is None
+    assert collected.answers[number].work.coverage == 1.0
+
+
+def test_spans_and_heads_on_many_nodes_are_put_together(tier: Tier) -> None:
+    tier.attach(
+        shard("a", ("n0",), (0, 64), (0, 1)),
+        shard("b", ("n1",), (64, 200), (0, 1)),
+        shard("c", ("n1",), (0, 128), (1, 4)),
+        shard("d", ("n2",), (128, 200), (1, 4)),
+    )
+    asked = queries()
+    assert_exact(tier.ask(asked), asked)
+    assert [node.messages for node in tier.nodes.values()] == [1, 1, 1]
+
+
+def test_sessions_share_one_message_per_node_and_keep_their_own_answers(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0",)))
+    tier.attach(shard("b", ("n0",)), session_id="t")
+    asked = [queries(rows=1), queries("t", rows=5, scope=(8, 64))]
+    collected = tier.ask(*asked)
+    for number, each in enumerate(asked):
+        assert_exact(collected, each, number)
+    assert tier.nodes["n0"].messages == 1
+    assert collected.node_s == pytest.approx(0.002)
+
+
+def test_pieces_outside_the_scope_are_not_asked(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0",), (0, 64)), shard("b", ("n1",), (64, 200)))
+    asked = queries(scope=(8, 64))
+    assert_exact(tier.ask(asked), asked)
+    assert tier.nodes["n1"].messages == 0
+
+
+def test_a_lost_connection_is_tried_once_more_where_there_is_no_replica(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0",)))
+    node = tier.nodes["n0"]
+    errors: list[LongreachError | None] = [Unavailable("the stream broke"), None]
+
+    async def write(request: Any) -> None:
+        node.write_error = errors.pop(0)
+        await ScriptedNode.write(node, request)
+
+    node.write = write  # type: ignore[method-assign]
+    asked = queries()
+    assert_exact(tier.ask(asked), asked)
+    assert node.messages == 2
+
+
+@pytest.mark.parametrize("how", ["write", "row", "short"])
+def test_what_a_node_does_not_answer_is_asked_of_its_replica(tier: Tier, how: str) -> None:
+    tier.attach(shard("a", ("n0", "n1")))
+    broken = tier.nodes["n0"]
+    if how == "write":
+        broken.write_error = Unavailable("n0 is gone")
+    elif how == "row":
+        broken.answer = lambda rows: Unavailable("n0 has no memory left")
+    else:  # an answer over fewer keys than were asked for
+        broken.answer = lambda rows: AttendResult(
+            broken.exact(rows).partial, WorkFigures(keys_in_scope=100, keys_covered=99), "flat"
+        )
+    asked = queries()
+    assert_exact(tier.ask(asked), asked)
+    assert tier.nodes["n1"].messages == 1
+
+
+def test_a_silent_node_is_given_up_for_its_replica_and_avoided_for_a_while(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REPLICA_AFTER_S", 0.01)
+    tier.attach(shard("a", ("n0", "n1")))
+    tier.nodes["n0"].silent = True
+    asked = queries()
+    for _ in range(3):
+        assert_exact(tier.ask(asked), asked)
+    assert tier.nodes["n0"].messages == 1
+    assert tier.nodes["n1"].messages == 3
+
+
+def test_a_suspect_node_is_still_asked_where_it_is_the_only_one(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0",)))
+    tier.nodes["n0"].write_error = Unavailable("n0 restarts")
+    assert tier.ask(queries()).answers[0].error is not None
+    tier.nodes["n0"].write_error = None
+    asked = queries()
+    assert_exact(tier.ask(asked), asked)
+
+
+def test_what_nobody_answers_is_counted_as_missing(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0",), (0, 64)), shard("b", ("n1",), (64, 200)))
+    tier.nodes["n1"].write_error = Unavailable("n1 is gone")
+    answer = tier.ask(queries(rows=2)).answers[0]
+    assert isinstance(answer.error, Unavailable)
+    assert len(answer.parts) == 1
+    assert answer.work.keys_in_scope == 2 * 4 * (190 - 8)
+    assert answer.work.keys_covered == 2 * 4 * (64 - 8)
+    assert answer.work.bytes_in_scope == answer.work.keys_in_scope * (16 + 12) * 4
+
+
+def test_an_answer_over_too_few_keys_is_never_merged(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0",)))
+    node = tier.nodes["n0"]
+    node.answer = lambda rows: AttendResult(
+        node.exact(rows).partial, WorkFigures(keys_in_scope=100, keys_covered=60), "flat"
+    )
+    answer = tier.ask(queries()).answers[0]
+    assert isinstance(answer.error, CoverageTooLow)
+    assert not answer.parts
+    assert answer.work.keys_covered == 0
+
+
+def test_a_writer_that_was_fenced_off_does_not_ask_replicas(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0", "n1")))
+    tier.nodes["n0"].answer = lambda rows: StaleEpoch("epoch 1 is older than 2")
+    assert isinstance(tier.ask(queries()).answers[0].error, StaleEpoch)
+    assert tier.nodes["n1"].messages == 0
+
+
+def test_a_node_that_lost_part_of_the_tail_is_not_asked(tier: Tier) -> None:
+    session = tier.attach(shard("a", ("n0", "n1")))
+    session.lost.add("n0")
+    asked = queries()
+    assert_exact(tier.ask(asked), asked)
+    assert tier.nodes["n0"].messages == 0
+    session.lost.add("n1")
+    answer = tier.ask(asked).answers[0]
+    assert isinstance(answer.error, Unavailable)
+    assert "open the session again" in answer.error.message
+
+
+def test_the_deadline_bounds_the_wait_for_a_silent_node(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0",)))
+    tier.nodes["n0"].silent = True
+    answer = tier.ask(queries(), deadline_s=0.02).answers[0]
+    assert isinstance(answer.error, DeadlineExceeded)
