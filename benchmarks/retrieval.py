@@ -11,9 +11,12 @@ attention, and the attention mass covered, stand beside it.
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +45,7 @@ from retrieval_node.index.base import INDEX_KINDS, Index
 from retrieval_node.index.faiss_kind import faiss_threads
 from retrieval_node.index.roargraph import RoarGraphIndex
 from retrieval_node.index.roargraph_build import (
-    BUILD_BEAM,
-    DEGREE,
+    SHAPE,
     exact_neighbours,
     group_queries,
     training_queries,
@@ -53,8 +55,10 @@ RECALLS = (0.90, 0.95, 0.99)
 ASKED = (100, 120, 150, 200, 300, 400, 600, 900, 1400)
 """Keys asked of our kinds, to reach a recall of the best 100: they have no other width."""
 TAIL_BUDGETS = ("top_k=100+tail", "mass=0.95[64,1024]+tail")
+FIRST_KINDS = ("flat", "sketch")
+"""Kinds measured before any peer."""
 SLOW_KINDS = ("hnsw", "roargraph")
-"""Kinds whose build takes too long for a quick run."""
+"""Kinds whose build takes minutes."""
 
 
 @dataclass
@@ -175,11 +179,17 @@ class Built:
     graph_cpu_s: float = 0.0
 
 
+def graph_path(scene: Scene, cache: Path) -> Path:
+    """Where a scene's RoarGraph is kept."""
+    shape = f"{SHAPE.pivots}-{SHAPE.degree}-{SHAPE.build_beam}"
+    return cache / f"roargraph-{shape}-{scene.label}.index"
+
+
 def built_kind(kind: str, scene: Scene, cache: Path) -> Built:
     """An index of a kind; graphs are kept on disk."""
     if kind != "roargraph":
         return Built(*build(kind, scene))
-    path = cache / f"roargraph-{scene.label}.index"
+    path = graph_path(scene, cache)
     times = path.with_suffix(".json")
     try:
         return Built(RoarGraphIndex.load(path, scene.kv), **json.loads(times.read_text()))
@@ -207,9 +217,7 @@ def build_roargraph(scene: Scene) -> BuiltGraph:
     neighbours = exact_neighbours(scene.centred, queries, 1, lambda: True)
     searched = time.process_time()
     assert neighbours is not None
-    graph = build_graph(
-        scene.centred.astype(BFLOAT16), neighbours, DEGREE, BUILD_BEAM, 1, lambda: True
-    )
+    graph = build_graph(scene.centred.astype(BFLOAT16), neighbours, SHAPE, 1, lambda: True)
     finished = time.process_time()
     assert graph is not None
     return BuiltGraph(RoarGraphIndex(scene.kv, [graph]), finished - started, finished - searched)
@@ -231,24 +239,25 @@ def measure(scene: Scene, plan: Plan) -> list[dict[str, Any]]:
     """All methods on one scene, one row for each width."""
     bandwidth = measure_bandwidth(scene)
     methods: list[Method] = []
-    for kind in plan.kinds:
-        if plan.leaves_out(f"{kind} on {scene.label}", plan.quick and kind in SLOW_KINDS):
-            continue
-        built = built_kind(kind, scene, plan.cache)
-        methods += kind_methods(kind, built, scene)
-        if isinstance(built.index, RoarGraphIndex):
-            same = RoarGraphInFaiss(scene, built.index, built.build_cpu_s)
-            methods += peer_methods(same, scene)
-    for peer_type in plan.peers:
-        peer = peer_type(scene.keys, scene.centred.shape[1])
-        cached = peer.path(plan.cache, scene.label).exists()
-        slow = not peer.quick and not cached
-        if plan.leaves_out(f"{peer.name} on {scene.label}", slow and plan.keeps_from_slow(scene)):
-            continue
-        peer.prepare(plan.cache, scene.label, scene.centred)
-        methods += peer_methods(peer, scene)
+    for what, slow, prepare in plan.jobs(scene):
+        if not plan.leaves_out(f"{what} on {scene.label}", slow):
+            methods += prepare()
     interleave(methods, scene.steps)
     return [row_of(scene, method, bandwidth) for method in methods]
+
+
+def prepared_kind(kind: str, scene: Scene, cache: Path) -> Iterator[Method]:
+    """The methods of one of our kinds; a graph comes with the same graph under faiss's search."""
+    built = built_kind(kind, scene, cache)
+    yield from kind_methods(kind, built, scene)
+    if isinstance(built.index, RoarGraphIndex):
+        yield from peer_methods(RoarGraphInFaiss(scene, built.index, built.build_cpu_s), scene)
+
+
+def prepared_peer(peer: Peer, scene: Scene, cache: Path) -> Iterator[Method]:
+    """The methods of a peer, read from the cache or built."""
+    peer.prepare(cache, scene.label, scene.centred)
+    yield from peer_methods(peer, scene)
 
 
 def row_of(scene: Scene, method: Method, bandwidth: Bandwidth) -> dict[str, Any]:
@@ -275,7 +284,7 @@ def row_of(scene: Scene, method: Method, bandwidth: Bandwidth) -> dict[str, Any]
 
 SHOWN = ("data", "keys", "method", "setting", "recall", "cold_ms", "warm_ms", "output_error",
          "lse_error", "mass", "bytes_per_key", "build_cpu_s")  # fmt: skip
-"""Columns of the report's table; the others are under `details` in its JSON."""
+"""Columns of the report; the others are in the details written beside it."""
 
 
 @dataclass
@@ -290,9 +299,26 @@ class Plan:
     slow_up_to: int
     deadline: float
 
-    def keeps_from_slow(self, scene: Scene) -> bool:
-        """Whether peers that take minutes to build are not built for this scene."""
-        return self.quick or scene.keys > self.slow_up_to
+    def jobs(self, scene: Scene) -> Iterator[tuple[str, bool, Callable[[], Iterator[Method]]]]:
+        """What to measure, the most telling first: name, whether its build takes minutes and may
+        not be made now, and how to prepare it."""
+        too_long = self.quick or scene.keys > self.slow_up_to
+        peers = [peer(scene.keys, scene.centred.shape[1]) for peer in self.peers]
+        for kind in sorted(self.kinds, key=lambda kind: kind not in FIRST_KINDS):
+            cached = kind == "roargraph" and graph_path(scene, self.cache).exists()
+            slow = kind in SLOW_KINDS and too_long and not cached
+            if kind not in FIRST_KINDS:
+                yield from self._peer_jobs(peers, scene, too_long)
+                peers = []
+            yield kind, slow, partial(prepared_kind, kind, scene, self.cache)
+        yield from self._peer_jobs(peers, scene, too_long)
+
+    def _peer_jobs(
+        self, peers: list[Peer], scene: Scene, too_long: bool
+    ) -> Iterator[tuple[str, bool, Callable[[], Iterator[Method]]]]:
+        for peer in peers:
+            slow = not peer.quick and too_long and not peer.path(self.cache, scene.label).exists()
+            yield peer.name, slow, partial(prepared_peer, peer, scene, self.cache)
 
     def leaves_out(self, what: str, slow: bool) -> bool:
         """Notes and says that something is not measured, if so."""
@@ -304,8 +330,17 @@ class Plan:
         return slow or late
 
 
+def use_one_blas_thread() -> None:
+    """Start over with one BLAS thread: NumPy reads the variable when it is imported."""
+    if os.environ.get("OPENBLAS_NUM_THREADS") != "1":
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "benchmarks.retrieval", *sys.argv[1:]]
+        os.execve(sys.executable, command, environment)
+
+
 def main() -> None:
     """Command line."""
+    use_one_blas_thread()
     parser = argument_parser("retrieval", __doc__ or "")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 128, 512, 1024], metavar="K",
                         help="keys, in units of 1024")  # fmt: skip
@@ -318,8 +353,10 @@ def main() -> None:
                         help="build slow peers for at most this many keys")  # fmt: skip
     given = parser.parse_args()
     sizes, data, steps = given.sizes, given.data, given.steps
+    kinds = given.kinds
     if given.quick:
         sizes, data, steps = [128], ["structured"], 8
+        kinds = [kind for kind in kinds if kind in (*FIRST_KINDS, "roargraph")]
     kernel.set_threads(1)
     config: dict[str, Any] = {
         "sizes": [size * 1024 for size in sizes], "data": data, "steps": steps, "head_dim": 128,
@@ -328,14 +365,13 @@ def main() -> None:
     report = Report("retrieval", config, quick=given.quick)
     deadline = time.monotonic() + 35 if given.quick else float("inf")
     peers = [peer for peer in PEERS if peer.name in given.peers]
-    plan = Plan(report, given.cache, given.kinds, peers, given.quick, given.slow_up_to * 1024,
+    plan = Plan(report, given.cache, kinds, peers, given.quick, given.slow_up_to * 1024,
                 deadline)  # fmt: skip
     rows: list[dict[str, Any]] = []
     with faiss_threads(1):
         for name in data:
             for size in sizes:
                 rows += measure(Scene(name, size * 1024, steps, given.cache), plan)
-    config["details"] = rows
     for row in rows:
         report.add(**{column: row[column] for column in SHOWN})
     check_targets(report, rows)
@@ -344,6 +380,8 @@ def main() -> None:
         from benchmarks.retrieval_plot import plot
 
         plot(rows, given.json.with_suffix(".png"))
+        details = given.json.with_name(f"{given.json.stem}-details.json")
+        details.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

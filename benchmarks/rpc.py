@@ -27,7 +27,7 @@ WARM_UP_TOKENS = 5
 POLLING = "-event_engine_client,-event_engine_listener"
 # GRPC_EXPERIMENTS of each transport's processes; it is read when grpc is imported.
 TRANSPORTS = {"stream, polling": POLLING, "stream, event engine": "", "plain TCP": ""}
-STAGES = ("send", "queue", "search", "attend", "node_merge", "transport", "merge")
+STAGES = ("send", "queue", "search", "attend", "node_merge", "transport", "decode", "merge")
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def report_on(measured: dict[tuple[str, int], list[Stages]], report: Report) -> 
 def main() -> None:
     """Runs the benchmark from the command line."""
     arguments = argument_parser("rpc", __doc__ or "").parse_args()
-    rounds, tokens = (12, 2) if arguments.quick else (60, 4)
+    rounds, tokens = (8, 4) if arguments.quick else (60, 4)
     report = Report(
         "rpc",
         config={

@@ -7,6 +7,7 @@ plain socket and writes REPLY_BYTES, which is the least any RPC can take.
 
 from __future__ import annotations
 
+import functools
 import socket
 import sys
 import time
@@ -21,7 +22,7 @@ from longreach import wire
 from longreach.process import announce, wait_for_stop
 from longreach.rpc.channels import server_options
 from longreach.rpc.status import map_errors
-from longreach.types import AttendResult, AttendRows, PartialAttention, WorkFigures
+from longreach.types import AttendResult, PartialAttention, WorkFigures
 from longreach.v1 import retrieval_pb2 as pb
 from longreach.v1.retrieval_pb2_grpc import (
     RetrievalServiceServicer,
@@ -48,15 +49,15 @@ class ZeroNode(RetrievalServiceServicer):
             arrived = time.perf_counter()
             rows = wire.attend_rows_from_proto(request)
             started = time.perf_counter()
-            results = [_zeros(each) for each in rows]
+            results = [_zeros(*each.queries.shape) for each in rows]
             finished = time.perf_counter()
             timing = wire.NodeTiming(queue_s=started - arrived, attend_s=finished - started)
             shapes = [each.queries.shape for each in rows]
             yield wire.attend_response(request.request_id, results, shapes, timing)
 
 
-def _zeros(rows: AttendRows) -> AttendResult:
-    count, q_heads, value_dim = rows.queries.shape
+@functools.cache
+def _zeros(count: int, q_heads: int, value_dim: int) -> AttendResult:
     partial = PartialAttention(
         np.zeros((count, q_heads, value_dim), np.float32),
         np.full((count, q_heads), -np.inf, np.float32),

@@ -20,6 +20,9 @@ from retrieval_node.index.base import INDEX_KINDS, BuildControl, Index, IndexRow
 faiss: Any = _typed_faiss
 
 TOP = 100
+STEPS_MADE = 24
+"""Decode steps that a workload has, and so the most a scene can time."""
+
 FLUSH_BYTES = 96 << 20
 """Streamed through the caches before a cold measurement."""
 
@@ -48,13 +51,14 @@ class Scene:
     def __init__(self, name: str, keys: int, steps: int, cache: Path) -> None:
         self.name = name
         self.keys = keys
-        self.work = cached_workload(name, keys, steps, cache)
+        self.work = cached_workload(name, keys, cache)
         self.kv = LayerKv(self.work.keys[None], self.work.values[None], 0)
         self.sample = QuerySample(
             0, 0, self.work.prefill_positions, self.work.prefill_queries.astype(np.float32)
         )
         # [steps, 1 KV head, group, d]
-        self.queries = np.ascontiguousarray(self.work.decode_queries.transpose(1, 0, 2))[:, None]
+        decode = self.work.decode_queries[:, :steps].transpose(1, 0, 2)
+        self.queries = np.ascontiguousarray(decode)[:, None]
         self.steps = len(self.queries)
 
     @property
@@ -136,11 +140,11 @@ def build(kind: str, scene: Scene) -> tuple[Index, float]:
     return index, time.process_time() - started
 
 
-def cached_workload(name: str, keys: int, steps: int, cache: Path) -> Workload:
+def cached_workload(name: str, keys: int, cache: Path) -> Workload:
     """A workload, kept on disk because large ones take a minute to make."""
-    path = cache / f"workload-1-{name}-{keys}-{steps}.npz"
+    path = cache / f"workload-1-{name}-{keys}-{STEPS_MADE}.npz"
     if not path.exists():
-        made = workload(keys, name=name, steps=steps, prefill=keys // 16)
+        made = workload(keys, name=name, steps=STEPS_MADE, prefill=keys // 16)
         cache.mkdir(parents=True, exist_ok=True)
         np.savez(
             path,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 
 from coordinator.config import CoordinatorConfig
 from coordinator.server import CoordinatorServer
 from longreach.config import read_config
+from longreach.errors import LongreachError
 from longreach.logging import configure
 from longreach.process import announce, wait_for_stop_async
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("coordinator")
 
 
 async def serve(config: CoordinatorConfig) -> None:
@@ -23,11 +25,16 @@ async def serve(config: CoordinatorConfig) -> None:
     await server.stop()
 
 
-def main() -> None:
-    """Entry point."""
+def main() -> int:
+    """Runs the coordinator; returns 0 after a signal, 2 when it cannot start."""
     configure()
-    asyncio.run(serve(read_config(CoordinatorConfig, "coordinator")))
+    try:
+        asyncio.run(serve(read_config(CoordinatorConfig, "coordinator")))
+    except LongreachError as error:
+        _log.error("%s", error)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

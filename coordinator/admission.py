@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from longreach.errors import ResourceExhausted, Unavailable
 from longreach.types import Identity
-
-MeanSeconds = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ class Admission:
         except asyncio.CancelledError:
             if waiting in self._queue:
                 self._queue.remove(waiting)
-            elif waiting.slot.done() and not waiting.slot.cancelled():
+            elif _granted(waiting.slot):
                 self.release(waiting.slot.result())
             raise
 
@@ -128,13 +127,15 @@ class Admission:
                 self._running[worker_id] += 1
                 waiting.slot.set_result(worker_id)
 
-    def storing(self) -> _Storing:
-        """Counts a request as waiting while its prompt is stored (`with admission.storing():`)."""
-        return _Storing(self)
-
-    def count_storing(self, change: int) -> None:
-        """Adjusts the number of prompts being stored."""
-        self._storing += change
+    @contextlib.contextmanager
+    def storing(self) -> Generator[None, None, None]:
+        """Counts a request as waiting while its prompt is stored."""
+        self.check()
+        self._storing += 1
+        try:
+            yield
+        finally:
+            self._storing -= 1
 
     def _has_free_slot(self) -> bool:
         return any(w.max_sessions > self._running[w.worker_id] for w in self._workers())
@@ -144,13 +145,5 @@ class Admission:
         return min(60.0, max(1.0, self._mean_s * self.waiting / slots))
 
 
-class _Storing:
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-
-    def __enter__(self) -> None:
-        self._admission.check()
-        self._admission.count_storing(1)
-
-    def __exit__(self, *exc: object) -> None:
-        self._admission.count_storing(-1)
+def _granted(slot: asyncio.Future[str]) -> bool:
+    return slot.done() and not slot.cancelled() and slot.exception() is None

@@ -6,7 +6,7 @@ I/O. Times are seconds of one monotonic clock, passed in.
     joined ── ALIVE ──3 s silent──> SUSPECT ──10 s silent──> DEAD ──1 h silent──> forgotten
                 ^ <───heartbeat──────┘                         │
                 └────────────────heartbeat─────────────────────┘
-    leave:  any state ──> LEAVING ──10 s silent──> forgotten
+    leave:  any state ──> LEAVING ──60 s silent──> forgotten      time to finish what it has
 
 A member is known by its name; an incarnation is one life of its process. A new incarnation has
 lost its memory; one that was replaced is refused from then on.
@@ -24,6 +24,7 @@ from longreach.types import NodeStats, ShardMap
 
 SUSPECT_AFTER_S = 3.0
 DEAD_AFTER_S = 10.0
+GONE_AFTER_S = 60.0
 FORGET_AFTER_S = 3600.0
 
 
@@ -206,7 +207,7 @@ class Cluster:
         return actions
 
     def _age(self, member: Member, silent_s: float) -> Change | None:
-        if member.state is MemberState.LEAVING and silent_s >= DEAD_AFTER_S:
+        if member.state is MemberState.LEAVING and silent_s >= GONE_AFTER_S:
             del self._members[member.member_id]
             return Change.FORGOTTEN
         if member.state is MemberState.DEAD and silent_s >= FORGET_AFTER_S:

@@ -79,6 +79,8 @@ class CoordinatorConfig:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_waiting < 0:
             raise InvalidRequest(f"max_waiting is {self.max_waiting}; it must be 0 or more")
+        if self.index_reserve < 0:
+            raise InvalidRequest(f"index_reserve is {self.index_reserve}; it must be 0 or more")
         self.budget()
 
     def budget(self) -> Budget:

@@ -10,6 +10,7 @@ A context whose last watcher leaves before READY is forgotten and dropped. `fill
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -22,7 +23,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.context_book import ContextBook
 from coordinator.driver import Driver
 from coordinator.filling import Filling, Order
-from coordinator.holdings import Holdings, settled
+from coordinator.holdings import Holdings, interrupted, settled
 from coordinator.index_progress import IndexProgress, IndexSummary
 from coordinator.models import Models
 from coordinator.placement.base import ContextToPlace, check_room
@@ -75,7 +76,6 @@ class Contexts:
         on_sessions: Callable[[list[str]], None],
     ) -> None:
         self._cluster = cluster
-        self._driver = driver
         self._models = models
         self._config = config
         self._on_delete = on_delete
@@ -113,6 +113,7 @@ class Contexts:
         """Loads the catalog. Nothing is READY until its nodes have registered."""
         await self._book.load()
         for record in list(self._book.records.values()):
+            record = interrupted(record)
             self._book.show(settled(record, self._holdings.missing(record)))
             token_ids = await self._book.token_ids(record.context_id)
             if token_ids is not None:
@@ -237,14 +238,25 @@ class Contexts:
         if fill is not None:
             fill.fail(error)
             self._filling.abandon(fill)
-        await self._on_delete(context_id, error)
-        self._book.forget(context_id)
+        self._book.forget(context_id)  # first of all, so that nobody begins on it meanwhile
         self._holdings.dropped(context_id)
         self._last_worker.pop(context_id, None)
         self._prefixes.remove(context_id)
-        await self._book.erase(context_id)
-        nodes = self._book.reachable(record.node_ids)
-        return (await self._driver.drop(context_id, self.tenant, nodes)).bytes_freed
+
+        async def end_users() -> None:
+            await self._book.erase(context_id)
+            await self._on_delete(context_id, error)
+
+        # A task of its own: a client that leaves now must not leave half of it undone.
+        return await asyncio.shield(
+            self._sweeper.sweep(
+                context_id,
+                self.tenant,
+                self._book.reachable(record.node_ids),
+                first=end_users,
+                until_gone=False,
+            )
+        )
 
     # Tails.
 

@@ -184,7 +184,7 @@ class Coordinator:
             ticks += 1
             self._apply(Tick())
             if ticks % RECHECK_TICKS == 0:
-                await self.contexts.settling.recheck()
+                self._spawn(self.contexts.settling.recheck())
 
     async def _announce_readiness(self) -> None:
         """Ready once a worker and a node are alive, until draining begins."""

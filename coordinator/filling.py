@@ -117,15 +117,21 @@ class Filling:
 
     def abandon(self, fill: Fill) -> None:
         """Nobody waits for this context any more: stops its prefill and drops everything."""
-        context_id = fill.record.context_id
-        if self._fills.get(context_id) is not fill:
+        record = fill.record
+        if self._fills.get(record.context_id) is not fill:
             return
         self._close(fill)
-        self._book.forget(context_id)
-        self._holdings.dropped(context_id)
+        self._book.forget(record.context_id)
+        self._holdings.dropped(record.context_id)
         if fill.task is not None:
             fill.task.cancel()
-        self._sweep(fill, after=fill.task, erase=True)
+        self._sweeper.sweep(
+            record.context_id,
+            record.identity.tenant,
+            self._book.reachable(record.node_ids),
+            after=fill.task,
+            first=lambda: self._book.erase(record.context_id),
+        )
 
     def abandon_all(self, error: LongreachError) -> None:
         """Ends every fill with an error."""
@@ -231,21 +237,10 @@ class Filling:
         record = dataclasses.replace(fill.record, state=ContextState.FAILED, error=error.message)
         self._book.show(record)
         self._close(fill)
-        self._sweep(fill)
+        nodes = self._book.reachable(record.node_ids)
+        self._sweeper.sweep(record.context_id, record.identity.tenant, nodes)
         fill.fail(error)
         await self._book.write(record)
-
-    def _sweep(
-        self, fill: Fill, after: asyncio.Task[None] | None = None, erase: bool = False
-    ) -> None:
-        record = fill.record
-        self._sweeper.sweep(
-            record.context_id,
-            record.identity.tenant,
-            self._book.reachable(record.node_ids),
-            after=after,
-            then=(lambda: self._book.erase(record.context_id)) if erase else None,
-        )
 
     def _close(self, fill: Fill) -> None:
         self._fills.pop(fill.record.context_id, None)

@@ -105,20 +105,33 @@ def settled(record: ContextRecord, missing: Sequence[Shard]) -> ContextRecord:
     )
 
 
+def interrupted(record: ContextRecord) -> ContextRecord:
+    """The record as a restarted coordinator takes it over: what was being stored has failed."""
+    if record.state not in (ContextState.RESERVED, ContextState.FILLING):
+        return record
+    return dataclasses.replace(
+        record,
+        state=ContextState.FAILED,
+        error="the coordinator ended while the context was being stored; create it again",
+    )
+
+
 def leftovers(
     node_id: str,
     inventory: Iterable[ShardInventory],
     records: Mapping[str, ContextRecord],
     tombstones: Collection[str],
 ) -> dict[str, str]:
-    """Contexts that a node should drop (id to tenant): deleted ones, copies that the map does not
-    put there, and shards whose prefill was interrupted. Contexts being filled are the caller's
-    concern."""
+    """Contexts that a node should drop (id to tenant): deleted and failed ones, copies that the map
+    does not put there, and shards whose prefill was interrupted. Contexts being filled are the
+    caller's concern."""
     found: dict[str, str] = {}
     for item in inventory:
         record = records.get(item.context_id)
         if record is None:
             useless = not item.sealed or item.context_id in tombstones
+        elif record.state is ContextState.FAILED:
+            useless = True
         else:
             planned = {rectangle(s) for s in record.shard_map.shards if node_id in s.node_ids}
             useless = rectangle(item.shard) not in planned or not item.sealed

@@ -19,7 +19,7 @@ from coordinator.index_progress import IndexSummary
 from coordinator.requests import GenerateParams, NewContext, Prompt
 from coordinator.summary import Summary
 from longreach import wire
-from longreach.errors import InvalidRequest
+from longreach.errors import InvalidRequest, Unavailable
 from longreach.rpc.channels import server_options
 from longreach.rpc.health import AsyncReadiness, serve_health_async
 from longreach.rpc.membership import HEARTBEAT_INTERVAL_S, report_from_proto
@@ -46,7 +46,7 @@ class CoordinatorServer:
         self.coordinator = Coordinator(config, on_ready=self._set_ready)
 
     async def start(self) -> str:
-        """Begins to serve; returns host:port."""
+        """Begins to serve; returns host:port. Raises Unavailable when the port cannot be had."""
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationServicer(self.coordinator, self._config), self._server
         )
@@ -55,7 +55,10 @@ class CoordinatorServer:
         )
         self._readiness = await serve_health_async(self._server, [GENERATION, CLUSTER])
         host = self._config.listen.rpartition(":")[0]
-        port = self._server.add_insecure_port(self._config.listen)
+        try:
+            port = self._server.add_insecure_port(self._config.listen)
+        except RuntimeError as error:
+            raise Unavailable(f"cannot listen on {self._config.listen}: {error}") from None
         await self.coordinator.start()
         await self._server.start()
         return f"{host}:{port}"

@@ -77,15 +77,20 @@ class Planner:
         model = self._model(params, context)
         prompt = await self._models.encode(model, params.prompt, starts=context is None)
         check_token_ids(prompt, model)
-        stored = context.tokens if context else 0
         max_tokens = answer_tokens(
-            params, stored, len(prompt), model, self._config.default_max_tokens
+            params,
+            context.tokens if context else 0,
+            len(prompt),
+            model,
+            self._config.default_max_tokens,
         )
         tokenizer = await self._tokenizer(params, model)
-        used = stored
-        if context is None and len(prompt) > self._config.inline_prompt_tokens:
-            context, used = await self._stored_part(model, prompt)
-        base = _Base(context, used, tuple(prompt[used - stored :]))
+        if context is not None:
+            base = _Base(context, context.tokens, tuple(prompt))
+        elif len(prompt) <= self._config.inline_prompt_tokens:
+            base = _Base(None, 0, tuple(prompt))
+        else:
+            base = await self._store_beginning(model, prompt)
         return self._planned(params, model, base, max_tokens, tokenizer)
 
     def _planned(
@@ -144,17 +149,17 @@ class Planner:
             return await self._models.tokenizer(model)
         return await self._models.tokenizer_or_none(model)
 
-    async def _stored_part(
-        self, model: ModelInfo, prompt: Sequence[int]
-    ) -> tuple[ContextRecord, int]:
-        """A context that holds the beginning of a long prompt, and how much of it.
+    async def _store_beginning(self, model: ModelInfo, prompt: Sequence[int]) -> _Base:
+        """A context for the beginning of a long prompt; the rest becomes the question.
 
         What is stored already is used when the rest is short enough for a question; otherwise all
         but the end of the prompt is stored.
         """
         found = self._contexts.longest_prefix(model, prompt[:-1])
-        if found is not None and len(prompt) - found[1] <= self._config.inline_prompt_tokens:
-            return found
+        if found is not None:
+            known, stop = found
+            if len(prompt) - stop <= self._config.inline_prompt_tokens:
+                return _Base(known, stop, tuple(prompt[stop:]))
         cut = (len(prompt) - 1) // BOUNDARY_TOKENS * BOUNDARY_TOKENS
         record: ContextRecord | None = None
         with self._admission.storing():
@@ -163,4 +168,4 @@ class Planner:
                     record = each.record
         if record is None:
             raise Internal("storing the prompt ended without a record")
-        return record, cut
+        return _Base(record, cut, tuple(prompt[cut:]))

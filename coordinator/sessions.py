@@ -33,6 +33,8 @@ from longreach.errors import Cancelled, Internal, LongreachError, Unavailable
 
 # A worker that does not close a session in this time is lost, or about to be found lost.
 CLOSE_TIMEOUT_S = 5.0
+# A session that hangs in a frozen worker does not hold up the deletion of its context.
+ABORT_TIMEOUT_S = 10.0
 # Pauses between attempts to open a session.
 OPEN_PAUSES_S = (0.3, 0.9)
 _log = logging.getLogger(__name__)
@@ -122,13 +124,13 @@ class Sessions:
         yield end
 
     async def abort_context(self, context_id: str, error: LongreachError) -> None:
-        """Ends every generation on a context and waits until they are closed."""
+        """Ends every generation on a context; waits until they are closed, but not forever."""
         found = [s for s in self._sessions.values() if s.plan.record.context_id == context_id]
         for session in found:
             session.cancel(error)
         tasks = [session.task for session in found if session.task is not None]
         if tasks:
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, timeout=ABORT_TIMEOUT_S)
 
     def members_changed(self) -> None:
         """Workers came: whoever waits may go on."""
@@ -305,6 +307,8 @@ async def _close(
 ) -> None:
     """Closes a session on its worker and nodes, once its opening has ended either way."""
     await asyncio.wait([opening])
+    if not opening.cancelled():
+        opening.exception()  # raised already where it matters
     try:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await worker.close_session(session_id, True)

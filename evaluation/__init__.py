@@ -14,5 +14,6 @@ A run (`python -m evaluation --help`) goes through these files, in order:
     runner.py              asks every method every sample; results.py keeps each answer at once
     scorers.py             the benchmarks' published rules
     statistics.py          paired comparison with full attention, with intervals
-    report.py, plots.py    JSON, Markdown, heatmap and curves
+    report.py              figures and targets, as JSON
+    tables.py, plots.py    Markdown, heatmap and curves
 """

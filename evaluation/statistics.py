@@ -1,8 +1,9 @@
 """Is a method worse than full attention? Paired comparison on the same samples, with intervals.
 
-A score is in [0, 1] per question. Questions over one haystack are not independent, so intervals of
-a difference resample haystacks, not questions. McNemar's exact test counts questions that only one
-of the two answered in full.
+A score is in [0, 1] per question. An interval of a difference spans two: a bootstrap that resamples
+haystacks, because questions over one haystack are not independent, and Newcombe's interval from the
+shares of gains and losses, because a bootstrap over equal answers would claim certainty. McNemar's
+exact test counts questions that only one of the two answered in full.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binom, norm
 
-from longreach.types import FloatArray
+from longreach.types import IntArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -48,7 +49,7 @@ class Comparison:
 def wilson(mean: float, n: int) -> Interval:
     """Wilson's interval of a share `mean` of n independent answers.
 
-    For scores between 0 and 1 it is too wide, never too narrow: their variance is at most a share's.
+    Scores between 0 and 1 vary at most as much as a share, so for them it is rather too wide.
     """
     if n == 0:
         return Interval(0.0, 1.0)
@@ -90,6 +91,21 @@ def paired_bootstrap(
     return Interval(float(low), float(high))
 
 
+def gains_and_losses(differences: Sequence[float]) -> Interval:
+    """Newcombe's interval of a mean difference: Wilson's of mean gain and mean loss, combined.
+
+    Newcombe 1998 (square-and-add), without its correction for the correlation of the two, so that
+    it is rather too wide.
+    """
+    n = len(differences)
+    gain = sum(max(0.0, each) for each in differences) / n
+    loss = sum(max(0.0, -each) for each in differences) / n
+    gains, losses = wilson(gain, n), wilson(loss, n)
+    down = float(np.hypot(gain - gains.low, losses.high - loss))
+    up = float(np.hypot(gains.high - gain, loss - losses.low))
+    return Interval(gain - loss - down, gain - loss + up)
+
+
 def compare(
     scores: Sequence[float],
     full_scores: Sequence[float],
@@ -109,19 +125,20 @@ def compare(
     better = sum(own == 1 > full for own, full in pairs)
     worse = sum(full == 1 > own for own, full in pairs)
     differences = [own - full for own, full in pairs]
+    drawn, shares = paired_bootstrap(differences, groups, seed), gains_and_losses(differences)
     return Comparison(
         n=len(pairs),
         mean=float(np.mean(scores)),
         full_mean=float(np.mean(full_scores)),
         difference=float(np.mean(differences)),
-        interval=paired_bootstrap(differences, groups, seed),
+        interval=Interval(min(drawn.low, shares.low), max(drawn.high, shares.high)),
         better=better,
         worse=worse,
         p_value=mcnemar(better, worse),
     )
 
 
-def _codes(groups: Sequence[Hashable]) -> FloatArray:
+def _codes(groups: Sequence[Hashable]) -> IntArray:
     """Groups as numbers from 0 on, in order of appearance."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)

@@ -136,8 +136,9 @@ class Appends:
     ) -> None:
         """Waits until every node of the tail has the positions below `stop`.
 
-        What nodes failed to take up to `length` is sent again, read from the resident window.
-        Raises the node's error when it can never take it, Unavailable when the time runs out.
+        What nodes failed to take up to `length` is sent again, read from the resident window. A
+        node that is late is left behind where another one holds the same. Raises the node's error
+        when it can never take it, Unavailable when the time runs out.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -150,14 +151,26 @@ class Appends:
                 acknowledged = self._acknowledged(session_id)
                 if acknowledged >= stop:
                     return
-                if time.monotonic() >= deadline:
+                late = time.monotonic() >= deadline
+                if late and not self._leave_behind(session_id, stop):
                     raise Unavailable(
                         f"the nodes of session {session_id!r} acknowledged its tokens up to "
                         f"{acknowledged}, the step needs {stop}; nothing is lost, try again",
                         reason="TAIL_NOT_STORED",
                         retry_after_s=1.0,
                     )
-                self._changed.wait(RESEND_AFTER_S)
+                if not late:
+                    self._changed.wait(RESEND_AFTER_S)
+
+    def _leave_behind(self, session_id: str, stop: int) -> bool:
+        """Drops nodes that are late; whether any was."""
+        tail = self._tails[session_id]
+        dropped = False
+        for node in list(tail.nodes):
+            if node.acknowledged < stop and self._can_lose(tail, node):
+                self._lose(tail, node)
+                dropped = True
+        return dropped
 
     def _resend(self, session_id: str, length: int, window: Callable[[Span], LayerKv]) -> None:
         tail = self._tails[session_id]
@@ -175,6 +188,8 @@ class Appends:
                 node.error = None
                 node.sent = length
                 missed = Span(node.acknowledged, length)
+                if not len(missed):
+                    continue
                 ids = tail.token_ids[missed.start - tail.start : missed.stop - tail.start]
                 new = NewTokens(session_id, missed.start, tuple(ids), window(missed), slice(None))
                 self._stream(node.address).submit([self._entry(tail, node, new)])

@@ -100,10 +100,10 @@ AttentionInterface.register(ATTENTION_NAME, registered_attention)
 
 def merge(first: Partial, second: Partial) -> Partial:
     """Attention over the union of two disjoint sets of keys."""
-    lse = torch.logaddexp(first.lse, second.lse)
-    safe = torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)
-    output = first.output * torch.exp(first.lse - safe)[..., None]
-    return Partial(output + second.output * torch.exp(second.lse - safe)[..., None], lse)
+    # Where neither saw a key the difference is NaN, and the first's zeros are right.
+    share = torch.sigmoid(second.lse - first.lse).nan_to_num_(0.0)
+    output = torch.lerp(first.output, second.output, share[..., None])
+    return Partial(output, torch.logaddexp(first.lse, second.lse))
 
 
 def apply_sinks(part: Partial, sinks: torch.Tensor | None) -> torch.Tensor:
@@ -266,9 +266,11 @@ def _flash(
 
 
 def _flash_serves(queries: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-    """Whether the flash operator takes these; CUDA's takes 16-bit floats and no bias."""
-    if queries.is_cuda and (queries.dtype is torch.float32 or bias is not None):
-        return False
+    """Whether the flash operator takes these; CUDA's wants 16-bit floats, d <= 256, no bias."""
+    if queries.is_cuda:
+        dim = queries.shape[-1]
+        if queries.dtype is torch.float32 or bias is not None or dim > 256 or dim % 8:
+            return False
     return _flash_works(queries.device.type)
 
 

@@ -44,6 +44,9 @@ class WorkerConfig:
     append_timeout_ms: int = setting(
         5_000, "longest wait for nodes to acknowledge tokens that leave the window"
     )
+    session_timeout_s: int = setting(
+        900, "a session without a step for this long gives its slot up when slots run out"
+    )
     threads: int = setting(0, "CPU threads of torch; 0 for torch's own choice")
     coordinators: str = setting("", "host:port of the coordinators, comma separated")
     cluster_secret: str = setting("", "secret shared by the cluster's services")
@@ -62,6 +65,7 @@ class WorkerConfig:
             "prefill_shared_chunk_ms": 1,
             "step_deadline_ms": 1,
             "append_timeout_ms": 1,
+            "session_timeout_s": 0,
             "threads": 0,
         }
         for name, least in at_least.items():

@@ -141,7 +141,7 @@ def _session(slab: LocalSlab, retriever: InProcessRetriever, model: Model, promp
             slab.place(layer, slot, span.start, 0, keys[:, part], values[:, part])
     slab.occupy(slot, prompt)
     record = SessionRecord(_SESSION, "", prompt, "", 0)
-    return Session(record, Budget(exact=True), 1.0, slot, prompt, Route((), {}, {}))
+    return Session(record, Budget(exact=True), 1.0, slot, prompt, Route((), {}, {}), 0.0)
 
 
 def _feed(

@@ -86,6 +86,7 @@ class Decoder:
         if session.broken is not None:
             raise session.broken
         self._check(row, session)
+        session.last_used = time.monotonic()
         run = Run(session, tuple(row.token_ids), session.scope(self._slab.sink, self._slab.window))
         self._require_tail(run)
         return run

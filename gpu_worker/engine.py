@@ -137,7 +137,7 @@ class Engine:
         except BaseException:
             self._device.call(lambda: self._slab.release(slot)).result()
             raise
-        session = Session(record, budget, min_coverage, slot, opened.stop, route)
+        session = Session(record, budget, min_coverage, slot, opened.stop, route, time.monotonic())
         self._device.call(lambda: self._admit(session, opened)).result()
         return opened.stop, self._slab.bytes_per_slot
 
@@ -222,7 +222,16 @@ class Engine:
                 f"{open_here.record.epoch}, newer than {record.epoch}"
             )
         self._forget(record.session_id)
+        if self._slab.slots_used == self._slab.slots:
+            self._forget_idle()
         return self._slab.acquire()
+
+    def _forget_idle(self) -> None:
+        """Frees the slots of sessions nobody stepped for long: their nodes can give them back."""
+        oldest = time.monotonic() - self._config.session_timeout_s
+        for session in list(self._decoder.sessions.values()):
+            if session.last_used < oldest:
+                self._forget(session.session_id)
 
     def _admit(self, session: Session, opened: Opened) -> None:
         """Makes an opened session known; on the device's thread."""

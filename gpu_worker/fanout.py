@@ -143,7 +143,7 @@ class _Message:
     address: str
     request_id: int
     asks: list[_Ask]
-    failure: LongreachError | None = None
+    writing: asyncio.Task[None] | None = None
 
 
 class FanOut:
@@ -207,6 +207,18 @@ class FanOut:
         """Drives the loop until the work is done."""
         return self._loop.run_until_complete(work)
 
+    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Starts work that is awaited later; `turn` gets it under way."""
+        return self._loop.create_task(work)
+
+    def turn(self) -> None:
+        """Turns the loop once: what was begun runs to its first wait.
+
+        A write is then with gRPC, whose own threads send it: the device need not wait for them.
+        """
+        self._loop.call_soon(self._loop.stop)
+        self._loop.run_forever()
+
     def stream(self, address: str) -> NodeStream:
         """The one stream to a node."""
         if address not in self._streams:
@@ -262,10 +274,12 @@ class _InFlight:
         self._messages: list[_Message] = []
 
     def write(self, asks: Sequence[_Ask]) -> None:
-        """Addresses the pieces to nodes and writes; a failed write is told when it is read."""
+        """Addresses the pieces to nodes and begins to write; `collect` hears of failures."""
         self._messages = self._fanout.address_messages(asks)
+        for message in self._messages:
+            message.writing = self._fanout.begin(self._write(message))
         if self._messages:
-            self._fanout.run(_together([self._write(message) for message in self._messages]))
+            self._fanout.turn()
 
     def collect(self) -> Collected:
         """Reads every reply, asking other nodes for what failed while there are any."""
@@ -287,16 +301,13 @@ class _InFlight:
         request = wire.attend_request(
             message.request_id, self._layer, rows, self._scale, self._softcap
         )
-        try:
-            await self._fanout.stream(message.address).write(request)
-        except LongreachError as error:
-            message.failure = error
+        await self._fanout.stream(message.address).write(request)
 
     async def _read(self, message: _Message) -> float:
         """Takes one reply; returns the node's own time, seconds."""
         try:
-            if message.failure is not None:
-                raise message.failure
+            if message.writing is not None:
+                await message.writing
             response = await self._fanout.stream(message.address).read(
                 message.request_id, self._patience_s(message)
             )

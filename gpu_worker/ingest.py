@@ -92,7 +92,7 @@ class Ingest:
 
         def point(layer: int, tokens_done: int) -> bool:
             self._check()
-            self._at = (layer, tokens_done)
+            self._at = max(self._at, (layer, tokens_done))  # A layer may be swept twice.
             shared = self._device.run_pending()
             while not offload.has_room(_ROOM_S):
                 self._check()

@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gpu_worker.arrays import to_array
 from gpu_worker.attention import LayerCall, Partial, apply_sinks, causal_attention, mark
-from gpu_worker.chunking import ChunkSizer, sample_positions
+from gpu_worker.chunking import MIN_CHUNK_TOKENS, ChunkSizer, sample_positions
 from gpu_worker.patterns import Pattern, attend_chunk
 from longreach.types import IntArray, LayerGeometry, StorageArray
 
@@ -292,9 +292,14 @@ def _run_chunks(
 ) -> None:
     """One sweep of a decoder layer over the whole prompt, into `hidden` in place."""
     start = 0
+    # The last layer's output is needed from its last chunk only: that one is short.
+    last_start = (job.tokens - 1) // MIN_CHUNK_TOKENS * MIN_CHUNK_TOKENS
     while start < job.tokens:
         shared = job.point(layer, start)
-        chunk = slice(start, min(start + job.sizer.next_tokens(shared), job.tokens))
+        stop = min(start + job.sizer.next_tokens(shared), job.tokens)
+        if layer == len(job.layers) - 1 and start < last_start:
+            stop = min(stop, last_start)
+        chunk = slice(start, stop)
         began = time.perf_counter()
         try:
             output = inner(

@@ -66,7 +66,8 @@ def kinds_of(
     """The kinds of a model's layers, each once, with their capacities."""
     kinds = []
     for sliding in sorted({layer.sliding_window for layer in layers}):
-        needed = sliding if sliding else window + BOUNDARY_TOKENS - 1
+        # Sliding layers too keep what the nodes may not have yet: it is sent again from here.
+        needed = max(sliding, window + BOUNDARY_TOKENS - 1)
         ring = -(-(needed + max_row_tokens) // _GRAIN) * _GRAIN
         kinds.append(Kind(sliding, 0 if sliding else sink, ring))
     return tuple(kinds)

@@ -12,10 +12,11 @@ import grpc
 from gpu_worker.engine import Engine
 from gpu_worker.offload import Destination
 from longreach import wire
-from longreach.errors import Unavailable
+from longreach.errors import InvalidRequest, Unavailable
 from longreach.rpc.channels import server_options
 from longreach.rpc.health import Readiness, serve_health
 from longreach.rpc.status import map_errors
+from longreach.steps import StepOutcome, StepRowResult, StepTiming
 from longreach.v1 import worker_pb2 as pb
 from longreach.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 
@@ -78,10 +79,15 @@ class WorkerServer(WorkerServiceServicer):
     ) -> Iterator[pb.StepResponse]:
         """Decode steps, answered in order."""
         for request in request_iterator:
-            outcome = self._engine.step([wire.step_row_from_proto(row) for row in request.rows])
-            response = wire.step_outcome_to_proto(outcome)
-            response.step_id = request.step_id
-            yield response
+            try:
+                rows = [wire.step_row_from_proto(row) for row in request.rows]
+            except InvalidRequest as error:
+                # Told in the results: a status would end the stream for every session.
+                refused = (StepRowResult(row.session_id, error=error) for row in request.rows)
+                outcome = StepOutcome(tuple(refused), StepTiming())
+            else:
+                outcome = self._engine.step(rows)
+            yield wire.step_outcome_to_proto(outcome, request.step_id)
 
     @map_errors
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:  # noqa: N802

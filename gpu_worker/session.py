@@ -13,8 +13,8 @@ from longreach.types import Budget, SessionRecord, Span, retrieval_scope
 class Session:
     """`length` positions are committed; it moves only when a step succeeded for this session.
 
-    `broken` is set when the session can never go on here, for example because another writer took
-    it over.
+    `last_used` is on the clock of time.monotonic. `broken` is set when the session can never go on
+    here, for example because another writer took it over.
     """
 
     record: SessionRecord
@@ -23,6 +23,7 @@ class Session:
     slot: int
     length: int
     route: Route
+    last_used: float
     broken: LongreachError | None = None
 
     @property

@@ -33,7 +33,7 @@ Result = dict[str, Any]
 
 haystack, dtype: str. length: tokens allowed. seed: int. tokens: haystack tokens. prefill_s, ask_s:
 seconds. answers: {task: [right, asked]}. stops: [right answers followed by terminator and EOS,
-right answers]; asked apart from the answers, because exact match does not need it.
+right answers]; counted apart, because an exact answer does not need it.
 """
 
 
@@ -176,7 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in range(given.contexts)
         for haystack in given.haystacks
     ]
-    print(table(run(jobs, given.json, given.processes)))
+    results = run(jobs, given.json, given.processes)
+    print(table(results))
+    right = sum(result["stops"][1] for result in results)
+    stopped = sum(result["stops"][0] for result in results)
+    print(f"\nOf {right} right answers, {stopped} were closed and followed by EOS.")
 
 
 if __name__ == "__main__":

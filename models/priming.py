@@ -1,9 +1,10 @@
-"""Induction-primed initialisation: the network starts as a rough copying machine.
+"""Induction-primed initialisation: the parts of a copying circuit are in place from the start.
 
-Without it, nothing useful was learnt in the same budget. Layer 0 gets previous-token heads, made of
-RoPE phases; the layers between get local heads; the last layer compares "this token" (query) with
-"the previous token" (key) in the RoPE pairs that barely turn over 128K positions, and copies what
-it finds through an identity from values to the output. Training sharpens all of it.
+Layer 0 gets previous-token heads, made of RoPE phases; the layers between get local heads; the last
+layer compares "this token" (query) with "the previous token" (key) in the RoPE pairs that barely
+turn over 128K positions, and copies what it finds through an identity from values to the output.
+The parts alone answer nothing yet (the right token's median rank among 5,120 is about 1,100 on a
+text seen twice); within a hundred steps of training they do.
 """
 
 from __future__ import annotations

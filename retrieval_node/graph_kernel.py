@@ -70,11 +70,24 @@ class LayerGraphs:
         return sum(each.offsets.nbytes + each.edges.nbytes for each in self.graphs)
 
 
+@dataclass(frozen=True, slots=True)
+class GraphShape:
+    """How a graph is built.
+
+    `pivots`: nearest keys of a training query that are linked with the rest of its list. `degree`:
+    neighbours kept by each of the two stages. `build_beam`: keys held by the searches that connect
+    the graph.
+    """
+
+    pivots: int
+    degree: int
+    build_beam: int
+
+
 def build_graph(
     keys: StorageArray,
     neighbours: np.ndarray,
-    degree: int,
-    build_beam: int,
+    shape: GraphShape,
     threads: int,
     proceed: Callable[[], bool],
 ) -> KeyGraph | None:
@@ -89,8 +102,9 @@ def build_graph(
     built = _native.build_graph(
         keys.view(np.uint16),
         np.ascontiguousarray(neighbours, np.int32),
-        degree,
-        build_beam,
+        shape.pivots,
+        shape.degree,
+        shape.build_beam,
         threads,
         proceed,
     )

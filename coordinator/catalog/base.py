@@ -50,7 +50,7 @@ class Catalog(ABC):
     """Durable records of contexts. A write has reached stable storage when its call returns.
 
     Removal leaves a tombstone, so that a node that was away when a context was deleted does not
-    bring it back; storing the context again lifts it.
+    bring it back; storing the context again lifts it, and it may expire after a month.
     """
 
     @abstractmethod

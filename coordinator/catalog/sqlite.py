@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +14,13 @@ import numpy as np
 
 from coordinator.catalog.base import Catalog, ContextRecord
 from coordinator.catalog.record_json import record_from_json, record_to_json
+from longreach.errors import FailedPrecondition
 
 T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+TOMBSTONE_TTL_S = 30 * 24 * 3600.0
+"""How long a removal is remembered: longer than a node stays away and comes back."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS contexts (
@@ -23,7 +29,10 @@ CREATE TABLE IF NOT EXISTS contexts (
     record TEXT NOT NULL,
     token_ids BLOB
 ) STRICT;
-CREATE TABLE IF NOT EXISTS tombstones (context_id TEXT PRIMARY KEY) STRICT;
+CREATE TABLE IF NOT EXISTS removals (
+    context_id TEXT PRIMARY KEY,
+    removed_at REAL NOT NULL
+) STRICT;
 """
 
 
@@ -34,7 +43,8 @@ class SqliteCatalog(Catalog):
     synchronous=FULL). SQLite blocks, so its calls run on threads, one at a time in their order.
     """
 
-    def __init__(self, folder: str = "") -> None:
+    def __init__(self, folder: str = "", clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         path = ":memory:"
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -44,14 +54,29 @@ class SqliteCatalog(Catalog):
         self._db = sqlite3.connect(path, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
+        self._check_version(path)
         self._db.executescript(_SCHEMA)
+        expired = clock() - TOMBSTONE_TTL_S
+        with self._db:
+            self._db.execute("DELETE FROM removals WHERE removed_at < ?", (expired,))
+
+    def _check_version(self, path: str) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise FailedPrecondition(
+                f"{path} was written by a newer longreach (schema {version}; this one knows "
+                f"{SCHEMA_VERSION}): upgrade, or start with another --data-dir; contexts are then "
+                "found again from the nodes",
+                reason="NEWER_CATALOG",
+            )
+        self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     async def put(self, record: ContextRecord, token_ids: Sequence[int] | None = None) -> None:
         """Stores a record (see Catalog.put)."""
         ids = None if token_ids is None else np.asarray(token_ids, "<u4").tobytes()
 
         def write(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM tombstones WHERE context_id = ?", (record.context_id,))
+            db.execute("DELETE FROM removals WHERE context_id = ?", (record.context_id,))
             db.execute(
                 "INSERT INTO contexts VALUES (?, ?, ?, ?) ON CONFLICT (context_id) DO UPDATE SET "
                 "created_at = excluded.created_at, record = excluded.record, "
@@ -83,13 +108,13 @@ class SqliteCatalog(Catalog):
 
         def write(db: sqlite3.Connection) -> None:
             db.execute("DELETE FROM contexts WHERE context_id = ?", (context_id,))
-            db.execute("INSERT OR IGNORE INTO tombstones VALUES (?)", (context_id,))
+            db.execute("INSERT OR REPLACE INTO removals VALUES (?, ?)", (context_id, self._clock()))
 
         await self._run(write)
 
     async def tombstones(self) -> set[str]:
         """Ids that were removed and not stored again."""
-        return {row[0] for row in await self._select("SELECT context_id FROM tombstones")}
+        return {row[0] for row in await self._select("SELECT context_id FROM removals")}
 
     async def close(self) -> None:
         """Closes the file."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coordinator.placement import head_group, layer, round_robin
@@ -48,16 +50,12 @@ class Estimate:
 
 def estimate(context: ContextToPlace, view: ClusterView, shard_map: ShardMap) -> Estimate:
     """Estimates the decode cost of a map."""
-    cores = {node.node_id: max(1, node.cores) for node in view.nodes}
-    heads: dict[int, dict[str, int]] = {
-        each.layer: {} for each in context.layers if each.sliding_window == 0
-    }
+    searched = {each.layer for each in context.layers if each.sliding_window == 0}
+    heads: dict[int, Counter[str]] = {number: Counter() for number in searched}
     for shard in shard_map.shards:
-        node_id = shard.node_ids[0]
-        for number in shard.layers:
-            if number in heads:
-                heads[number][node_id] = heads[number].get(node_id, 0) + shard.kv_heads
-    waves = [max(math.ceil(n / cores[node]) for node, n in held.items()) for held in heads.values()]
+        for number in searched.intersection(shard.layers):
+            heads[number][shard.node_ids[0]] += shard.kv_heads
+    waves = [_waves(held, view) for held in heads.values()]
     sizes = bytes_by_node(dataclasses.replace(context, room_tokens=1), shard_map.shards)
     mean = sum(sizes.values()) / len(view.nodes)
     return Estimate(
@@ -65,6 +63,18 @@ def estimate(context: ContextToPlace, view: ClusterView, shard_map: ShardMap) ->
         messages=sum(len(held) for held in heads.values()) / max(1, len(heads)),
         imbalance=max(sizes.values()) / mean,
     )
+
+
+def _waves(held: Mapping[str, int], view: ClusterView) -> int:
+    """Waves of a layer whose heads nodes hold so. Nodes on one host share its cores: splitting
+    heads between them gains nothing."""
+    heads: Counter[str] = Counter()
+    cores: dict[str, int] = {}
+    for node in view.nodes:
+        machine = node.host or node.node_id
+        heads[machine] += held.get(node.node_id, 0)
+        cores[machine] = max(1, node.cores, cores.get(machine, 1))
+    return max(math.ceil(count / cores[machine]) for machine, count in heads.items())
 
 
 def place(

@@ -56,7 +56,9 @@ def load_essay(path: Path | None) -> Essay:
     """
     if path is None:
         sentences = _sentences(prose_text(True))
-        return Essay(f"documentation of CPython {platform.python_version()}, held-out part", sentences)
+        return Essay(
+            f"documentation of CPython {platform.python_version()}, held-out part", sentences
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -76,8 +78,8 @@ def _sentences(text: str) -> tuple[str, ...]:
     pieces: list[str] = []
     for sentence in re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text).strip()):
         words = sentence.split(" ")
-        for start in range(0, len(words), _SENTENCE_WORDS_MAX):
-            pieces.append(" ".join(words[start : start + _SENTENCE_WORDS_MAX]))
+        starts = range(0, len(words), _SENTENCE_WORDS_MAX)
+        pieces += [" ".join(words[at : at + _SENTENCE_WORDS_MAX]) for at in starts]
     return tuple(piece for piece in pieces if piece)
 
 

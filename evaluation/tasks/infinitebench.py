@@ -28,6 +28,10 @@ _DEPTH_STRIDE = 23
 """Coprime with 59: haystacks visit every depth, and few of them are spread."""
 
 
+_CAREFULLY = "Read what follows with care.\n"
+"""Filler without a number, which would belong to the list or sum."""
+
+
 class NoiseKey(Task):
     """passkey or number_string: a key said twice in one line of noise."""
 
@@ -161,8 +165,7 @@ class MathFind(Task):
             )
             query = Query(text, (answer,), self.answer_tokens, "first_number", {"statistic": kind})
             preamble = f"Find the {kind} number from the list below:\n\n"
-            # A filler of numbers would change the statistic; line breaks do not.
-            return Draft(preamble, f"[{', '.join(map(str, shown))}]", (query,), "\n")
+            return Draft(preamble, f"[{', '.join(map(str, shown))}]", (query,), _CAREFULLY)
 
         return fit(self.name, spec, write, least=32)
 
@@ -186,15 +189,17 @@ class MathCalc(Task):
             "Expression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\n"
         )
 
+        totals = list(terms)
+
         def write(count: int) -> Draft:
             while len(terms) < count:
-                total = sum(terms)
-                terms.append(rng.randint(-min(total, 9), 9) or 1)
+                terms.append(rng.randint(-min(totals[-1], 9), 9) or 1)
+                totals.append(totals[-1] + terms[-1])
             shown = terms[:count]
-            values = [str(sum(shown[: i + 1])) for i in range(count)]
+            values = [str(total) for total in totals[:count]]
             expression = str(shown[0]) + "".join(f" {'+-'[t < 0]} {abs(t)}" for t in shown[1:])
             query = _running_values(values, spec.encoder)
-            return Draft(preamble, f"Expression: {expression}", (query,), "\n")
+            return Draft(preamble, f"Expression: {expression}", (query,), _CAREFULLY)
 
         return fit(self.name, spec, write, least=2)
 
@@ -224,9 +229,7 @@ def _paired_digits(rng: random.Random) -> str:
 
 
 register(NoiseKey("passkey", "a five-digit key in noise", "pass key", _five_digits, 6))
-register(
-    NoiseKey("number_string", "ten digits in noise", "sequence of digits", _paired_digits, 12)
-)
+register(NoiseKey("number_string", "ten digits in noise", "sequence of digits", _paired_digits, 12))
 register(KeyValues("kv_retrieval", "one of many uuid pairs"))
 register(CodeRun("code_run", "a call through up to ten functions"))
 register(MathFind("math_find", "a rank statistic of a long list"))

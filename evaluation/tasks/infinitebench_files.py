@@ -62,7 +62,10 @@ class DatasetTask(Task):
                 references=references(record),
                 answer_tokens=form.answer_tokens,
                 scorer=form.scorer,
-                metadata={"id": record.get("id", spec.index), "cut_tokens": max(0, len(text) - room)},
+                metadata={
+                    "id": record.get("id", spec.index),
+                    "cut_tokens": max(0, len(text) - room),
+                },
             )
         ]
 
@@ -136,8 +139,8 @@ _FORMS: dict[str, tuple[str, Form]] = {
     "longdialogue_qa_eng": (
         "En.Dia: who was masked in a script",
         Form(
-            "Below is a dialogue script where one random occurrence of a character name is replaced "
-            'with "$$MASK$$", and you should try to guess who that character is.\n\n',
+            "Below is a dialogue script where one random occurrence of a character name is "
+            'replaced with "$$MASK$$", and you should try to guess who that character is.\n\n',
             "\n\nThe name that has been replaced with $$MASK$$ is likely",
             40,
             "dialogue_name",

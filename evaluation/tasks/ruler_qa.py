@@ -113,7 +113,9 @@ def _load(source: str, path: Path) -> Corpus:
 
 
 def _from_squad(content: Any) -> Corpus:
-    paragraphs = [(a, p) for a, article in enumerate(content["data"]) for p in article["paragraphs"]]
+    paragraphs = [
+        (a, p) for a, article in enumerate(content["data"]) for p in article["paragraphs"]
+    ]
     documents, index_of = _distinct(p["context"] for _, p in paragraphs)
     of_article: dict[int, list[int]] = {}
     for article, paragraph in paragraphs:

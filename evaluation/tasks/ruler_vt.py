@@ -7,6 +7,7 @@ the space is left out here, because most tokenizers join it to the next word.
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import ClassVar
 
 from evaluation.tasks.base import Sample, Spec, Task, register
@@ -17,7 +18,9 @@ from models.words import variable_name
 ANSWER_TOKENS = 30
 HOPS = 4
 
-_PREAMBLE = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+_PREAMBLE = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+)
 _QUESTION = (
     "\nQuestion: Find all variables that are assigned the value {value} in the text above."
     " Answer: According to the chain(s) of variable assignment in the text above,"
@@ -62,7 +65,7 @@ def chain_names(rng: random.Random, hops: int = HOPS) -> list[str]:
 def chain_sentences(value: str, names: list[str]) -> list[str]:
     """The assignments: the value to the first variable, each variable to the next."""
     first = f"VAR {names[0]} = {value}"
-    return [first, *(f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:], strict=False))]
+    return [first, *(f"VAR {b} = VAR {a}" for a, b in pairwise(names))]
 
 
 def chain_query(value: str, names: list[str]) -> Query:

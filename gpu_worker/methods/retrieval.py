@@ -32,7 +32,12 @@ def attend_layer(step: Step, layer: int, queries: torch.Tensor, call: LayerCall)
     asking = [] if call.sliding_window else [run for run in step.runs if run.asks_nodes]
     ticket = _send(step, layer, asking, rows, call) if asking else None
     sent = time.perf_counter()
-    part = step.attend_locally(layer, rows, call)
+    try:
+        part = step.attend_locally(layer, rows, call)
+    except BaseException:
+        if ticket is not None:
+            ticket.collect()  # Replies that nobody takes would count as in flight for ever.
+        raise
     local = time.perf_counter()
     clock.send_s += sent - started
     clock.local_s += local - sent

@@ -52,10 +52,10 @@ FACTS = (
         depth=0.12,
     ),
     HiddenFact(
-        sentence=" One of the special magic numbers for copper-meadow is: 4829163.",
+        sentence=" One of the special magic numbers for copper-lantern is: 4829163.",
         question=(
-            " What is the special magic number for copper-meadow mentioned in the provided text?"
-            " The special magic number for copper-meadow mentioned in the provided text is"
+            " What is the special magic number for copper-lantern mentioned in the provided text?"
+            " The special magic number for copper-lantern mentioned in the provided text is"
         ),
         answer="4829163",
         depth=0.83,
@@ -65,6 +65,7 @@ FACTS = (
 
 DISTRACTORS = (
     (0.30, " One of the special magic numbers for violet-meadow is: 9024417."),
+    (0.40, " One of the special magic numbers for golden-lantern is: 8306291."),
     (0.65, " One of the special magic numbers for copper-harbor is: 1573806."),
 )
 """Depths and sentences that resemble the facts but answer none of the questions."""

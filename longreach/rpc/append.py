@@ -108,10 +108,12 @@ class _AppendCall:
     def finish(self, timeout_s: float) -> None:
         """Ends the requests, waits for their replies, then ends the call."""
         self._queue.put(None)
+        if self._reader is threading.current_thread():  # A callback that closes the stream.
+            self._call.cancel()
+            return
         self._reader.join(timeout_s)
         self._call.cancel()
-        if self._reader is not threading.current_thread():
-            self._reader.join()
+        self._reader.join()
 
     def _requests(self) -> Iterator[pb.AppendRequest]:
         """The messages, encoded on gRPC's thread. What cannot be encoded ends the call: gRPC would

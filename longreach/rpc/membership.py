@@ -117,7 +117,8 @@ class HeartbeatSender:
         """Stops reporting and takes leave, so that the member gets no new work."""
         self._stopping.set()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # Started.
+                thread.join()
 
     def _run(self, address: str) -> None:
         with sync_channel(address, credentials=self._credentials) as channel:

@@ -90,9 +90,10 @@ class ReplyStream(Generic[Request, Response]):
         Raises DeadlineExceeded when it takes longer, Unavailable when the stream broke; a reply
         that comes after its deadline is dropped.
         """
+        reply = self._replies[number]
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._replies[number]
+                return await reply
         except TimeoutError:
             raise DeadlineExceeded(
                 f"{self._peer} did not answer request {number} within {timeout_s} s"

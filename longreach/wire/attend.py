@@ -6,6 +6,7 @@ message costs one copy however many sessions share it; outputs and lse come back
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from longreach.types import (
     STORAGE_DTYPES,
     AttendResult,
     AttendRows,
+    Budget,
     FloatArray,
     PartialAttention,
+    Span,
     StorageArray,
     WorkFigures,
 )
@@ -85,15 +88,35 @@ def _stacked_queries(rows: Sequence[AttendRows]) -> StorageArray:
 
 def _rows_to_proto(rows: AttendRows) -> retrieval_pb2.AttendRows:
     count, q_heads, _ = rows.queries.shape
-    floor = rows.logit_floor
+    header = _header_to_proto(
+        rows.handle,
+        count,
+        q_heads,
+        rows.kv_head_start,
+        rows.kv_head_stop,
+        rows.scope,
+        rows.budget,
+    )
+    if rows.logit_floor is None:
+        return header
+    whole = retrieval_pb2.AttendRows(logit_floor=tensor_to_proto(rows.logit_floor))
+    whole.MergeFrom(header)
+    return whole
+
+
+@functools.lru_cache(maxsize=1024)
+def _header_to_proto(
+    handle: int, rows: int, q_heads: int, start: int, stop: int, scope: Span, budget: Budget
+) -> retrieval_pb2.AttendRows:
+    """An entry without tensors. The layers of a step repeat it, so it is made once; not to be
+    written to."""
     return retrieval_pb2.AttendRows(
-        handle=rows.handle,
-        rows=count,
-        kv_head_start=rows.kv_head_start,
-        kv_head_stop=rows.kv_head_stop,
-        scope=span_to_proto(rows.scope),
-        budget=budget_to_proto(rows.budget),
-        logit_floor=None if floor is None else tensor_to_proto(floor),
+        handle=handle,
+        rows=rows,
+        kv_head_start=start,
+        kv_head_stop=stop,
+        scope=span_to_proto(scope),
+        budget=budget_to_proto(budget),
         q_heads=q_heads,
     )
 
@@ -117,13 +140,13 @@ def attend_rows_from_proto(request: retrieval_pb2.AttendRequest) -> list[AttendR
     rows: list[AttendRows] = []
     taken = 0
     for msg in request.rows:
-        _check_rows(msg)
-        count = msg.rows * msg.q_heads
-        if taken + count > len(queries):
+        header = _header_from_proto(msg)
+        stop = taken + header.rows * header.q_heads
+        if stop > len(queries):
             break
-        part = queries[taken : taken + count].reshape(msg.rows, msg.q_heads, head_dim)
-        rows.append(_rows_from_proto(msg, part))
-        taken += count
+        part = queries[taken:stop].reshape(header.rows, header.q_heads, head_dim)
+        rows.append(_rows_from_proto(msg, header, part))
+        taken = stop
     if taken != len(queries) or len(rows) != len(request.rows) or not rows:
         named = sum(msg.rows * msg.q_heads for msg in request.rows)
         raise InvalidRequest(
@@ -133,7 +156,31 @@ def attend_rows_from_proto(request: retrieval_pb2.AttendRequest) -> list[AttendR
     return rows
 
 
-def _check_rows(msg: retrieval_pb2.AttendRows) -> None:
+@dataclass(frozen=True, slots=True)
+class _RowsHeader:
+    """What an entry says beside its tensors."""
+
+    rows: int
+    q_heads: int
+    kv_head_start: int
+    kv_head_stop: int
+    scope: Span
+    budget: Budget
+
+
+def _header_from_proto(msg: retrieval_pb2.AttendRows) -> _RowsHeader:
+    """The checked header of an entry. The layers of a step repeat it, so it is read once."""
+    if msg.HasField("logit_floor"):
+        return _read_header(msg)
+    return _repeated_header(msg.SerializeToString(deterministic=True))
+
+
+@functools.lru_cache(maxsize=1024)
+def _repeated_header(serialized: bytes) -> _RowsHeader:
+    return _read_header(retrieval_pb2.AttendRows.FromString(serialized))
+
+
+def _read_header(msg: retrieval_pb2.AttendRows) -> _RowsHeader:
     kv_heads = msg.kv_head_stop - msg.kv_head_start
     if msg.rows < 1 or kv_heads < 1 or msg.q_heads < 1 or msg.q_heads % kv_heads:
         raise InvalidRequest(
@@ -141,9 +188,19 @@ def _check_rows(msg: retrieval_pb2.AttendRows) -> None:
             f"[{msg.kv_head_start}, {msg.kv_head_stop}); rows must be at least 1 and query heads "
             "a positive multiple of the KV heads"
         )
+    return _RowsHeader(
+        rows=msg.rows,
+        q_heads=msg.q_heads,
+        kv_head_start=msg.kv_head_start,
+        kv_head_stop=msg.kv_head_stop,
+        scope=span_from_proto(msg.scope, name="scope"),
+        budget=budget_from_proto(msg.budget),
+    )
 
 
-def _rows_from_proto(msg: retrieval_pb2.AttendRows, queries: StorageArray) -> AttendRows:
+def _rows_from_proto(
+    msg: retrieval_pb2.AttendRows, header: _RowsHeader, queries: StorageArray
+) -> AttendRows:
     floor: FloatArray | None = None
     if msg.HasField("logit_floor"):
         floor = tensor_from_proto(
@@ -154,10 +211,10 @@ def _rows_from_proto(msg: retrieval_pb2.AttendRows, queries: StorageArray) -> At
         )
     return AttendRows(
         handle=msg.handle,
-        kv_head_start=msg.kv_head_start,
-        kv_head_stop=msg.kv_head_stop,
-        scope=span_from_proto(msg.scope, name="scope"),
-        budget=budget_from_proto(msg.budget),
+        kv_head_start=header.kv_head_start,
+        kv_head_stop=header.kv_head_stop,
+        scope=header.scope,
+        budget=header.budget,
         queries=queries,
         logit_floor=floor,
     )

@@ -6,7 +6,6 @@ those bytes before anything else happens, so a message cannot make its receiver 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,7 @@ def tensor_from_proto(
     *,
     name: str,
     shape: tuple[int | None, ...] | None = None,
-    dtype: np.dtype[Any] | type[Any] | Sequence[np.dtype[Any]] | None = None,
+    dtype: np.dtype[Any] | type[Any] | tuple[np.dtype[Any], ...] | None = None,
     finite: bool = False,
 ) -> npt.NDArray[Any]:
     """A read-only view of the message's elements.
@@ -81,34 +80,27 @@ def tensor_from_proto(
             f"{name}: {len(data)} bytes for shape {list(extents)} of {kind.name}, "
             f"which takes {needed} bytes"
         )
-    if shape is not None:
-        _check_shape(name, extents, shape)
+    if shape is not None and not _fits(extents, shape):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise MalformedTensor(f"{name}: shape {list(extents)}, expected [{wanted}]")
     if dtype is not None:
-        _check_dtype(name, kind, dtype)
+        accepted = dtype if isinstance(dtype, tuple) else (np.dtype(dtype),)
+        if kind not in accepted:
+            wanted = " or ".join(each.name for each in accepted)
+            raise MalformedTensor(f"{name}: dtype {kind.name}, expected {wanted}")
     array = np.frombuffer(data, kind).reshape(extents)
     if finite:
         _check_finite(name, array)
     return array
 
 
-def _check_shape(name: str, extents: tuple[int, ...], shape: tuple[int | None, ...]) -> None:
-    if len(extents) != len(shape) or any(
-        want is not None and have != want for have, want in zip(extents, shape, strict=True)
-    ):
-        wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise MalformedTensor(f"{name}: shape {list(extents)}, expected [{wanted}]")
-
-
-def _check_dtype(
-    name: str,
-    kind: np.dtype[Any],
-    wanted: np.dtype[Any] | type[Any] | Sequence[np.dtype[Any]],
-) -> None:
-    accepted = wanted if isinstance(wanted, Sequence) else (np.dtype(wanted),)
-    if kind not in accepted:
-        raise MalformedTensor(
-            f"{name}: dtype {kind.name}, expected {' or '.join(d.name for d in accepted)}"
-        )
+def _fits(extents: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    if len(extents) != len(shape):
+        return False
+    for have, want in zip(extents, shape, strict=True):
+        if want is not None and have != want:
+            return False
+    return True
 
 
 def _check_finite(name: str, array: npt.NDArray[Any]) -> None:
@@ -116,6 +108,6 @@ def _check_finite(name: str, array: npt.NDArray[Any]) -> None:
     if bits is None:
         return
     exponents = array.view(bits.dtype) & bits
-    if bool((exponents == bits).any()):
+    if exponents.size and exponents.max() == bits:
         bad = np.argwhere(exponents == bits)[0].tolist()
         raise MalformedTensor(f"{name}: NaN or infinity at {bad}; every element must be finite")

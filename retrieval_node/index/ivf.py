@@ -84,7 +84,7 @@ class IvfIndex(FaissIndex):
         """fp32 keys and 64-bit ids in the cells, the cell of each key, and the centroids."""
         dim = int(self._kv.keys.shape[2])
         rows = self._kv.kv_heads * len(self._kv.positions)
-        cells = sum(index.nlist for index in self._heads)
+        cells = sum(int(index.nlist) for index in self._heads)
         return rows * (dim * 4 + 8 + 4) + cells * dim * 4
 
 

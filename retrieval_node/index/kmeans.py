@@ -30,7 +30,7 @@ from retrieval_node.index.clusters import LayerClusters, cluster_head
 from retrieval_node.index.kernel_rows import index_answer, kernel_rows, local_scope
 from retrieval_node.index.search import Logits, first_width, flat_index
 
-OVERSEARCH = 16
+OVERSEARCH = 32
 """Keys read, per query head, for each key that the budget asks for."""
 
 WIDEN = 4

@@ -40,8 +40,7 @@ from retrieval_node.index.faiss_kind import centred_keys
 from retrieval_node.index.kernel_rows import answer_by_budget, index_answer, kernel_rows
 from retrieval_node.index.persistence import CORRUPT, fingerprint, load_index, save_index
 from retrieval_node.index.roargraph_build import (
-    BUILD_BEAM,
-    DEGREE,
+    SHAPE,
     exact_neighbours,
     group_queries,
     training_queries,
@@ -196,6 +195,4 @@ def build_head(
     neighbours = exact_neighbours(keys, queries, control.threads, proceed)
     if neighbours is None:
         return None
-    return build_graph(
-        keys.astype(BFLOAT16), neighbours, DEGREE, BUILD_BEAM, control.threads, proceed
-    )
+    return build_graph(keys.astype(BFLOAT16), neighbours, SHAPE, control.threads, proceed)

@@ -9,17 +9,17 @@ import numpy as np
 
 from longreach.errors import FailedPrecondition
 from longreach.types import FloatArray, IntArray, QuerySample
+from retrieval_node.graph_kernel import GraphShape
 from retrieval_node.index.faiss_kind import faiss, faiss_threads
 
 TRAINING_NEIGHBOURS = 100
 """Exact nearest keys of each training query (Nq)."""
 
-DEGREE = 35
-"""Neighbours kept by each of the two stages (M); a vertex ends with at most about 2M."""
-
-BUILD_BEAM = 100
-"""Keys held by the searches that connect the graph (L). The published recipe has 500; over centred
-keys recall at a given cost does not rise beyond 100."""
+SHAPE = GraphShape(pivots=8, degree=24, build_beam=64)
+"""RoarGraph's parameters M and L, and how many pivots a query has. The published recipe is 1 pivot,
+M 35, L 500. Eight pivots spread what queries know over more keys: recall at equal reads rises, so
+that degree and beam, and with them size and build time, can be smaller. A vertex ends with at most
+about twice `degree` neighbours."""
 
 QUERY_SHARE = 0.25
 """Training queries of a KV head, all heads of its group together, per key: 6% of the prefill

@@ -29,7 +29,7 @@ FOUR_CLIP = 2.6
 FORMATS = ((2, 2), (2, 4), (2, 6))
 """(eight, four): codes of 16, 24 and 32 bytes, that is 24, 40 and 56 dimensions."""
 
-ERROR_SHARE = 0.02
+ERROR_SHARE = 0.03
 """A code may leave out this share of the variance of q . k; else the next larger one is taken."""
 
 

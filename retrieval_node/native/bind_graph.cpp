@@ -78,8 +78,8 @@ nb::object owned(std::vector<T>&& items) {
   return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
 }
 
-nb::tuple build(const AnyArray& keys, const Ints& neighbours, int64_t degree, int64_t build_beam,
-                int threads, const nb::callable& proceed) {
+nb::tuple build(const AnyArray& keys, const Ints& neighbours, int64_t pivots, int64_t degree,
+                int64_t build_beam, int threads, const nb::callable& proceed) {
   require(keys.ndim() == 2 && keys.dtype() == nb::dtype<uint16_t>(),
           "keys must be [n, head_dim] bfloat16");
   require(keys.shape(1) >= 1 && keys.stride(1) == 1, "keys need dense rows");
@@ -88,7 +88,8 @@ nb::tuple build(const AnyArray& keys, const Ints& neighbours, int64_t degree, in
   require(neighbours.ndim() == 2, "neighbours must be [queries, width]");
   for (size_t i = 0; i < neighbours.size(); ++i)
     require(neighbours.data()[i] < count, "neighbours name keys that are not there");
-  require(degree >= 1 && build_beam >= 1 && threads >= 1, "degree, beam and threads must be 1 or more");
+  require(pivots >= 1 && degree >= 1 && build_beam >= 1 && threads >= 1,
+          "pivots, degree, beam and threads must be 1 or more");
   const Rows rows{keys.data(), Storage::kBfloat16, static_cast<int>(keys.shape(1)), keys.stride(0)};
   const QueryNeighbours lists{neighbours.data(), static_cast<int64_t>(neighbours.shape(0)),
                               static_cast<int64_t>(neighbours.shape(1))};
@@ -96,7 +97,7 @@ nb::tuple build(const AnyArray& keys, const Ints& neighbours, int64_t degree, in
   {
     nb::gil_scoped_release unlocked;
     try {
-      graph = build_graph(rows, count, lists, {degree, build_beam}, threads, [&] {
+      graph = build_graph(rows, count, lists, {pivots, degree, build_beam}, threads, [&] {
         nb::gil_scoped_acquire locked;
         return nb::cast<bool>(proceed());
       });
@@ -119,8 +120,8 @@ void bind_graph(nb::module_& module) {
              nb::arg("scale"), nb::arg("softcap"), nb::arg("width"), nb::arg("want_selected"),
              "Each entry's budget over the keys that a graph search finds; width is (beam, "
              "oversearch, sample stride).");
-  module.def("build_graph", &build, nb::arg("keys"), nb::arg("neighbours"), nb::arg("degree"),
-             nb::arg("build_beam"), nb::arg("threads"), nb::arg("proceed"),
+  module.def("build_graph", &build, nb::arg("keys"), nb::arg("neighbours"), nb::arg("pivots"),
+             nb::arg("degree"), nb::arg("build_beam"), nb::arg("threads"), nb::arg("proceed"),
              "Graph over centred bfloat16 keys: (offsets, edges, entry), or () when stopped.");
 }
 

@@ -13,90 +13,124 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr Cut kKeepAll = {kMinusInfinity, kAllTies};
 
-// Moves the `wanted` highest, in any order, to the front. One pass with a rising bar: for
-// wanted << count few logits pass it, so this reads the logits once and sorts little.
-void highest_to_front(float* logits, int64_t count, int64_t wanted) {
-  const int64_t room = std::min(count, std::max<int64_t>(2 * wanted, 256));
-  int64_t kept = room;
+// A value below which at least `wanted` lie above it, and few more unless there are ties or wild
+// outliers: bisection by counting, which costs a fast pass each time. -infinity if that is all.
+float bar_below(const KernelTable& k, const float* logits, int64_t count, int64_t wanted) {
+  constexpr int kMostPasses = 24;
+  const int64_t enough = wanted + wanted / 8 + 8;
+  float low, high;
+  k.value_range(logits, count, &low, &high);
   float bar = kMinusInfinity;
-  const auto raise_bar = [&] {
-    std::nth_element(logits, logits + wanted - 1, logits + kept, std::greater<float>());
-    bar = logits[wanted - 1];
-    kept = wanted;
-  };
-  for (int64_t i = room; i < count; ++i) {
-    if (!(logits[i] > bar)) continue;
-    if (kept == room) raise_bar();
-    if (logits[i] > bar) std::swap(logits[kept++], logits[i]);
+  for (int pass = 0; pass < kMostPasses; ++pass) {
+    const float middle = 0.5f * low + 0.5f * high;
+    if (!(middle > low && middle < high)) break;
+    const int64_t above = k.count_above(logits, count, middle);
+    (above >= wanted ? low : high) = middle;
+    if (above >= wanted) bar = middle;
+    if (above >= wanted && above <= enough) break;
   }
-  raise_bar();
+  return bar;
 }
 
 }  // namespace
 
-Cut cut_highest(float* logits, int64_t count, int64_t wanted) {
+Cut cut_highest(const KernelTable& k, const float* logits, int64_t count, int64_t wanted) {
+  thread_local Workspace<float> memory;
   if (wanted >= count) return kKeepAll;
   if (wanted <= 0) return {std::numeric_limits<float>::infinity(), 0};
-  highest_to_front(logits, count, wanted);
-  const float threshold = *std::min_element(logits, logits + wanted);
-  const int64_t above =
-      std::count_if(logits, logits + wanted, [&](float z) { return z > threshold; });
-  return {threshold, wanted - above};
-}
-
-// Quickselect by weight: the answer lies in (first, last], and weights before `first` are taken.
-int64_t fewest_for_sum(float* weights, int64_t count, double needed) {
-  int64_t first = 0, last = count;
-  while (last - first > 1) {
-    const int64_t middle = first + (last - first) / 2;
-    std::nth_element(weights + first, weights + middle, weights + last, std::greater<float>());
-    double upper = 0;
-    for (int64_t i = first; i < middle; ++i) upper += static_cast<double>(weights[i]);
-    if (upper >= needed) {
-      last = middle;
-    } else {
-      needed -= upper;
-      first = middle;
-    }
-  }
-  return last;
-}
-
-int64_t keys_for_mass(float* logits, int64_t count, double mass, float rest_lse) {
-  if (count == 0) return 0;
-  const float top = *std::max_element(logits, logits + count);
-  if (top == kMinusInfinity) return count;
-  double total = std::exp(static_cast<double>(rest_lse - top));
+  const float bar = bar_below(k, logits, count, wanted);
+  float* above = memory.reserve(count);
+  int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
-    logits[i] = std::exp(logits[i] - top);
-    total += static_cast<double>(logits[i]);
+    above[kept] = logits[i];
+    kept += logits[i] > bar || bar == kMinusInfinity;
   }
-  return fewest_for_sum(logits, count, mass * total);
+  std::nth_element(above, above + wanted - 1, above + kept, std::greater<float>());
+  const float threshold = above[wanted - 1];
+  const int64_t higher = std::count_if(above, above + wanted, [&](float z) { return z > threshold; });
+  return {threshold, wanted - higher};
+}
+
+Heaviest fewest_for_sum(const KernelTable& k, const float* weights, int64_t count, double needed) {
+  constexpr int kMostPasses = 40;
+  constexpr int64_t kFew = 64;
+  thread_local Workspace<float> memory;
+  if (count == 0) return {0, 0};
+  float low, high;
+  k.value_range(weights, count, &low, &high);
+  // What lies above `high` weighs less than needed; what lies above `low`, enough, or it is all there
+  // is. Bisection goes by ratio, as weights are exponentials.
+  double above_high = 0;
+  int64_t count_high = 0, count_low = count;
+  low = -1;
+  float next = high * 0.5f;
+  for (int pass = 0; pass < kMostPasses && count_low - count_high > kFew; ++pass) {
+    if (!(next > std::max(low, 0.0f) && next < high)) break;
+    const double sum = k.sum_above(weights, count, next);
+    const int64_t above = k.count_above(weights, count, next);
+    if (sum >= needed) {
+      low = next;
+      count_low = above;
+    } else {
+      high = next;
+      above_high = sum;
+      count_high = above;
+    }
+    next = low > 0 ? std::sqrt(low) * std::sqrt(high) : high * 0.0625f;
+  }
+  float* band = memory.reserve(count);
+  int64_t size = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    band[size] = weights[i];
+    size += weights[i] > low && !(count_high > 0 && weights[i] > high);
+  }
+  std::sort(band, band + size, std::greater<float>());
+  int64_t taken = 0;
+  double sum = above_high;
+  while (taken < size && (taken == 0 || sum < needed)) sum += static_cast<double>(band[taken++]);
+  const float last = taken > 0 ? band[taken - 1] : high;
+  return {count_high + taken, std::nextafter(last, -1.0f)};
 }
 
 namespace {
 
-// Selects twice: weights to count the keys, then logits to find their edge without rounding.
-Cut cut_mass(const Budget& budget, float* logits, int64_t count, float rest_lse) {
+int64_t keys_for_mass(const KernelTable& k, const float* logits, int64_t count, double mass,
+                      float rest_lse) {
   thread_local Workspace<float> memory;
+  float lowest, top;
+  k.value_range(logits, count, &lowest, &top);
+  if (top == kMinusInfinity) return count;
   float* weights = memory.reserve(count);
-  std::copy_n(logits, count, weights);
-  int64_t wanted = std::max(keys_for_mass(weights, count, budget.mass, rest_lse), budget.floor);
+  double total = std::exp(static_cast<double>(rest_lse - top));
+  for (int64_t i = 0; i < count; ++i) {
+    weights[i] = std::exp(logits[i] - top);
+    total += static_cast<double>(weights[i]);
+  }
+  return fewest_for_sum(k, weights, count, mass * total).count;
+}
+
+// Weights decide how many keys; the logits decide which, free of rounding.
+Cut cut_mass(const KernelTable& k, const Budget& budget, const float* logits, int64_t count,
+             float rest_lse) {
+  int64_t wanted = std::max(keys_for_mass(k, logits, count, budget.mass, rest_lse), budget.floor);
   if (budget.ceiling > 0) wanted = std::min(wanted, budget.ceiling);
-  return cut_highest(logits, count, wanted);
+  return cut_highest(k, logits, count, wanted);
 }
 
 }  // namespace
 
-Cut cut_of(const Budget& budget, float* logits, int64_t count, float lowest, float rest_lse) {
+Cut cut_of(const KernelTable& k, const Budget& budget, const float* logits, int64_t count,
+           float lowest, float rest_lse) {
   if (budget.rule == BudgetRule::kExact || count == 0) return kKeepAll;
   Cut cut = kKeepAll;
   if (budget.rule == BudgetRule::kTopK) {
-    cut = cut_highest(logits, count, budget.top_k);
+    cut = cut_highest(k, logits, count, budget.top_k);
   } else if (budget.rule == BudgetRule::kBeta) {
-    cut.threshold = *std::max_element(logits, logits + count) - budget.beta;
+    float low, high;
+    k.value_range(logits, count, &low, &high);
+    cut.threshold = high - budget.beta;
   } else {
-    cut = cut_mass(budget, logits, count, rest_lse);
+    cut = cut_mass(k, budget, logits, count, rest_lse);
   }
   if (lowest > cut.threshold) cut = {lowest, kAllTies};
   return cut;

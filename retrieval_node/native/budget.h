@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace longreach {
 
 enum class BudgetRule : int { kExact = 0, kTopK = 1, kMass = 2, kBeta = 3 };
@@ -32,20 +34,21 @@ struct Cut {
 
 constexpr int64_t kAllTies = INT64_MAX;
 
-// The cut of one query head over logits[0 .. count), which it may overwrite. `lowest` drops logits
-// below it, unless the budget is exact. `rest_lse` is the log of the summed exponentials of keys not
-// listed (-infinity: none); only the mass rule uses it.
-Cut cut_of(const Budget& budget, float* logits, int64_t count, float lowest, float rest_lse);
+// The cut of one query head over logits[0 .. count). `lowest` drops logits below it, unless the budget
+// is exact. `rest_lse` is the log of the summed exponentials of keys not listed (-infinity: none);
+// only the mass rule uses it.
+Cut cut_of(const KernelTable& k, const Budget& budget, const float* logits, int64_t count,
+           float lowest, float rest_lse);
 
-// How many of the highest logits hold `mass` of exp(rest_lse) plus all their exponentials; at most
-// `count`. Overwrites logits.
-int64_t keys_for_mass(float* logits, int64_t count, double mass, float rest_lse);
+// Fewest of the highest weights (>= 0) whose sum reaches `needed`: the `count` highest, all of them if
+// that is not enough, at least one if there are any. They are those above `bar`, but for ties.
+struct Heaviest {
+  int64_t count;
+  float bar;
+};
+Heaviest fewest_for_sum(const KernelTable& k, const float* weights, int64_t count, double needed);
 
-// Fewest of the highest weights (>= 0) whose sum reaches `needed`; `count` if all do not, and at
-// least 1 if count > 0. Moves them to the front.
-int64_t fewest_for_sum(float* weights, int64_t count, double needed);
-
-// The cut that keeps the `wanted` highest. Reorders logits.
-Cut cut_highest(float* logits, int64_t count, int64_t wanted);
+// The cut that keeps the `wanted` highest; none may be NaN.
+Cut cut_highest(const KernelTable& k, const float* logits, int64_t count, int64_t wanted);
 
 }  // namespace longreach

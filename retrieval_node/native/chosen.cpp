@@ -52,7 +52,7 @@ void ChosenAttention::score(const KernelTable& k, const HeadTask& task,
   }
 }
 
-void ChosenAttention::cut(const HeadTask& task, const float* rest_lse) {
+void ChosenAttention::cut(const KernelTable& k, const HeadTask& task, const float* rest_lse) {
   const int64_t count = choice_.count;
   for (int g = 0; g < task.tiles() * kTile; ++g) {
     float* column = logits(g / kTile) + g % kTile;
@@ -68,7 +68,7 @@ void ChosenAttention::cut(const HeadTask& task, const float* rest_lse) {
     }
     // NaN has no rank: a head that meets one keeps every key, and its output shows the NaN.
     if (ordered)
-      apply(cut_of(task.entry->budget, packed, count, task.lowest_logit(g),
+      apply(cut_of(k, task.entry->budget, packed, count, task.lowest_logit(g),
                    rest_lse ? rest_lse[g] : kMinusInfinity),
             column, count);
   }
@@ -127,7 +127,7 @@ void attend_over(const KernelTable& k, const HeadTask& task, const RowChoice& ca
   thread_local ChosenAttention attention;
   Stopwatch watch;
   attention.score(k, task, candidates);
-  attention.cut(task, nullptr);
+  attention.cut(k, task, nullptr);
   task.figures().scanned = candidates.count;
   task.figures().search_ns = watch.lap();
   attention.attend(k, task);

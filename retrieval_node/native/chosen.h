@@ -58,7 +58,7 @@ class ChosenAttention {
   void score(const KernelTable& k, const HeadTask& task, const RowChoice& candidates);
 
   // Applies the budget to each query head. `rest_lse` [group] or null, as in cut_of.
-  void cut(const HeadTask& task, const float* rest_lse);
+  void cut(const KernelTable& k, const HeadTask& task, const float* rest_lse);
 
   // Softmax and value sums over the kept candidates; `finish` may follow after more is added. Lists
   // the kept candidates if the entry wants them.

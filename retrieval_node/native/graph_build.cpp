@@ -94,21 +94,10 @@ class Builder {
     }
   }
 
-  // Each query's nearest key is its pivot. The candidates of a pivot are the other neighbours of
+  // Each query's nearest keys are its pivots. The candidates of a pivot are the other neighbours of
   // all the queries whose pivot it is.
   void project(const QueryNeighbours& neighbours) {
-    Lists queries_of;
-    queries_of.offsets.assign(count_ + 1, 0);
-    for (int64_t q = 0; q < neighbours.queries; ++q)
-      if (const int32_t pivot = neighbours.ids[q * neighbours.width]; pivot >= 0)
-        ++queries_of.offsets[pivot + 1];
-    std::partial_sum(queries_of.offsets.begin(), queries_of.offsets.end(), queries_of.offsets.begin());
-    queries_of.items.resize(queries_of.offsets.back());
-    std::vector<int64_t> next(queries_of.offsets.begin(), queries_of.offsets.end() - 1);
-    for (int64_t q = 0; q < neighbours.queries; ++q)
-      if (const int32_t pivot = neighbours.ids[q * neighbours.width]; pivot >= 0)
-        queries_of.items[next[pivot]++] = static_cast<int32_t>(q);
-
+    const Lists queries_of = queries_of_pivots(neighbours);
     projected_.assign(count_, {});
     for_each_vertex([&](int32_t v) {
       if (queries_of.size(v) == 0) return;
@@ -117,11 +106,31 @@ class Builder {
       candidates.clear();
       for (const int32_t* q = queries_of.begin(v); q != queries_of.end(v); ++q) {
         const int32_t* list = neighbours.ids + *q * neighbours.width;
-        for (int64_t i = 1; i < neighbours.width && list[i] >= 0; ++i) candidates.push_back(list[i]);
+        for (int64_t i = 0; i < neighbours.width && list[i] >= 0; ++i) candidates.push_back(list[i]);
       }
       occlusion.rank(kernels_, keys_, v, candidates);
       occlusion.choose(kernels_, keys_, shape_.degree, true, projected_[v]);
     });
+  }
+
+  Lists queries_of_pivots(const QueryNeighbours& neighbours) const {
+    const int64_t pivots = std::min(shape_.pivots, neighbours.width);
+    const auto for_each_pivot = [&](auto body) {
+      for (int64_t q = 0; q < neighbours.queries; ++q)
+        for (int64_t i = 0; i < pivots; ++i)
+          if (const int32_t pivot = neighbours.ids[q * neighbours.width + i]; pivot >= 0)
+            body(pivot, static_cast<int32_t>(q));
+          else
+            break;
+    };
+    Lists lists;
+    lists.offsets.assign(count_ + 1, 0);
+    for_each_pivot([&](int32_t pivot, int32_t) { ++lists.offsets[pivot + 1]; });
+    std::partial_sum(lists.offsets.begin(), lists.offsets.end(), lists.offsets.begin());
+    lists.items.resize(lists.offsets.back());
+    std::vector<int64_t> next(lists.offsets.begin(), lists.offsets.end() - 1);
+    for_each_pivot([&](int32_t pivot, int32_t query) { lists.items[next[pivot]++] = query; });
+    return lists;
   }
 
   // Adds to every vertex the vertices that point at it, and prunes lists that grow too long.

@@ -19,6 +19,7 @@ struct QueryNeighbours {
 };
 
 struct GraphShape {
+  int64_t pivots;      // nearest keys of a query whose neighbours its list may become
   int64_t degree;      // M: neighbours kept by each of the two stages, so at most 2M in the end
   int64_t build_beam;  // L: keys held by the searches that connect the graph
 };

@@ -109,6 +109,15 @@ struct KernelTable {
   // out[i * dim + c] = rows [first, first + count) as float32, densely.
   void (*widen)(const Rows& rows, int64_t first, int64_t count, float* out);
 
+  // Lowest and highest of values[0 .. count), count >= 1, none NaN.
+  void (*value_range)(const float* values, int64_t count, float* lowest, float* highest);
+
+  // How many of values[0 .. count) are above the threshold.
+  int64_t (*count_above)(const float* values, int64_t count, float threshold);
+
+  // Sum of those of values[0 .. count) above the threshold.
+  double (*sum_above)(const float* values, int64_t count, float threshold);
+
   // Scores of `count` code blocks, `step` apart from `first`: out[(head * count + i) * kCodeKeys +
   // key].
   void (*code_scores)(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t step,

@@ -115,7 +115,7 @@ void attend_heads(const KernelTable& k, const SketchHead& sketch, const HeadTask
   if (estimate)
     demote_faint(task, search, attention);
   else
-    attention.cut(task, rest);
+    attention.cut(k, task, rest);
   figures.search_ns += watch.lap();
   attention.attend(k, task);
   if (estimate) add_tail(k, sketch, task, search, attention);

@@ -28,7 +28,7 @@ void quantise(const SketchHead& sketch, int dim, const float* whitened, int stri
   for (int i = 0; i < dims; ++i)
     largest = std::max(largest, std::fabs(whitened[i * stride] * sketch.step[i]) / score_unit(format, i));
   const float units = largest > 0 ? 127.0f / largest : 1.0f;
-  float offset = whitened[dim * stride], residual = 0;
+  float offset = whitened[dim * stride], residual = 0, spread = 0;
   for (int i = 0; i < dim; ++i) {
     float used = 0;  // the whitened query that the integer weight stands for
     if (i < dims && sketch.step[i] > 0) {
@@ -41,10 +41,12 @@ void quantise(const SketchHead& sketch, int dim, const float* whitened, int stri
     }
     const float missed = whitened[i * stride] - used;
     residual += missed * missed * sketch.variance[i];
+    spread += whitened[i * stride] * whitened[i * stride] * sketch.variance[i];
   }
   out.slope[head] = 1.0f / units;
   out.offset[head] = offset;
   out.residual[head] = residual;
+  out.lost_share[head] = spread > 0 ? std::min(1.0f, residual / spread) : 0.0f;
 }
 
 }  // namespace

@@ -9,14 +9,17 @@ namespace {
 
 // Scopes up to this long are read whole: scanning codes and sampling them would cost as much.
 constexpr int64_t kReadWhole = 4096;
-// Candidates per wanted key. The code's order is not the exact one; this many keep recall@100 above
-// .95 on measured heads.
-constexpr double kOversampling = 4.0;
-constexpr int64_t kFewestCandidates = 64;
+// Candidates per wanted key. The code's order is not the exact one: the more of the logits' variance
+// it leaves out, the further down the best keys may stand. Measured to keep recall@100 above .95 on
+// heads whose codes leave out .4% to 20%.
+constexpr double kLeastOversampling = 1.25;
+constexpr double kMostOversampling = 12.0;
+constexpr double kOversamplingPerShare = 55.0;
+constexpr double kFewestCandidates = 64;
 // A tail estimate is as good as what it need not estimate: at least this share of the scope is read.
-constexpr double kTailShare = 1.0 / 128;
+constexpr double kTailShare = 0.01;
 // Code blocks sampled to set the bars, and sampled keys that should lie above a bar.
-constexpr int64_t kSampleBlocks = 384;
+constexpr int64_t kSampleBlocks = 256;
 constexpr double kSampledAbove = 16;
 // Summaries scanned between two looks at the bars.
 constexpr int64_t kChunk = 128;
@@ -28,17 +31,12 @@ constexpr double kGatherShare = 0.2;
 // Each retry lowers the bars to find this many times as many keys.
 constexpr double kWidening = 4.0;
 // A head with more hits than this many times the wanted ones is trimmed before the exact step.
-constexpr double kTrimAbove = 1.5;
+constexpr double kTrimAbove = 2.0;
 
-// Candidates a head should have.
-double wanted_of(const HeadTask& task) {
-  const Budget& budget = task.entry->budget;
-  const auto length = static_cast<double>(task.entry->rows.stop - task.entry->rows.start);
-  double keys = 0;
-  if (budget.rule == BudgetRule::kTopK) keys = static_cast<double>(budget.top_k);
-  if (budget.rule == BudgetRule::kMass) keys = static_cast<double>(budget.floor);
-  const double wanted = kOversampling * keys + kFewestCandidates;
-  return budget.tail_estimate ? std::max(wanted, kTailShare * length) : wanted;
+// Keys the budget names, if it does.
+double named_keys(const Budget& budget) {
+  if (budget.rule == BudgetRule::kTopK) return static_cast<double>(budget.top_k);
+  return budget.rule == BudgetRule::kMass ? static_cast<double>(budget.floor) : 0.0;
 }
 
 int32_t as_score(float value) {
@@ -59,16 +57,17 @@ void SketchSearch::run(const KernelTable& k, const SketchHead& sketch, const Hea
   stop_ = std::max(first_, rows.stop / kSummaryKeys);
   sketched_ = 0;
   tail_sums_ = nullptr;
-  const double wanted = wanted_of(task);
-  if (budget.rule == BudgetRule::kExact || length <= kReadWhole || 2 * wanted >= length)
+  if (budget.rule == BudgetRule::kExact || length <= kReadWhole ||
+      2 * named_keys(budget) >= static_cast<double>(length))
     return take_everything(task);
   queries_ = sketch_queries(k, sketch, task);
-  sample(k, sketch, static_cast<int64_t>(wanted));
+  const double wanted = set_wanted(task);
+  sample(k, sketch, wanted);
   for (double widening = 1; 2 * wanted * widening < length; widening *= kWidening) {
     set_bars(k, task, widening);
     scan(k, sketch, task);
-    if (!enough(task)) continue;
-    trim(task);
+    if (!enough(k, task)) continue;
+    trim(k, task);
     const bool too_many = static_cast<double>(hits_.count) > kGatherShare * static_cast<double>(length);
     if (too_many && may_use_all(budget)) break;
     return add_edges(task);
@@ -83,13 +82,28 @@ void SketchSearch::take_everything(const HeadTask& task) {
   tail_sums_ = nullptr;
 }
 
+// Sets how many candidates each head should have; returns the fewest.
+double SketchSearch::set_wanted(const HeadTask& task) {
+  const Budget& budget = task.entry->budget;
+  const auto length = static_cast<double>(task.entry->rows.stop - task.entry->rows.start);
+  double fewest = length;
+  for (int head = 0; head < task.group; ++head) {
+    oversampling_[head] = std::min(
+        kMostOversampling, kLeastOversampling + kOversamplingPerShare * queries_.lost_share[head]);
+    wanted_[head] = oversampling_[head] * named_keys(budget) + kFewestCandidates;
+    if (budget.tail_estimate) wanted_[head] = std::max(wanted_[head], kTailShare * length);
+    fewest = std::min(fewest, wanted_[head]);
+  }
+  return fewest;
+}
+
 // ---- bars from a sample ----------------------------------------------------------------------------
 
-void SketchSearch::sample(const KernelTable& k, const SketchHead& sketch, int64_t wanted) {
+void SketchSearch::sample(const KernelTable& k, const SketchHead& sketch, double wanted) {
   const int64_t per_summary = kSummaryKeys / kCodeKeys;
   const int64_t blocks = (stop_ - first_) * per_summary;
   const auto for_bar =
-      static_cast<int64_t>(kSampledAbove * static_cast<double>(blocks) / static_cast<double>(wanted));
+      static_cast<int64_t>(kSampledAbove * static_cast<double>(blocks) / wanted);
   const int64_t count = std::min(blocks, std::max(kSampleBlocks, for_bar));
   const int64_t step = blocks / count;
   sampled_ = count * kCodeKeys;
@@ -97,51 +111,83 @@ void SketchSearch::sample(const KernelTable& k, const SketchHead& sketch, int64_
   k.code_scores(sketch.codes, queries_.codes, first_ * per_summary + step / 2, step, count, scores);
 }
 
-float* SketchSearch::sampled_scores(int head) {
-  float* column = column_.reserve(sampled_ + kPanel);
-  const int32_t* scores = sample_scores_.reserve(0) + head * sampled_;
-  for (int64_t i = 0; i < sampled_; ++i) column[i] = static_cast<float>(scores[i]);
+const float* SketchSearch::as_floats(const int32_t* scores, int64_t count) {
+  float* column = column_.reserve(count + kPanel);
+  for (int64_t i = 0; i < count; ++i) column[i] = static_cast<float>(scores[i]);
   return column;
+}
+
+// The bar above which the `wanted` highest of the scores lie.
+int32_t SketchSearch::bar_above(const KernelTable& k, const int32_t* scores, int64_t count,
+                                int64_t wanted) {
+  return as_score(cut_highest(k, as_floats(scores, count), count, wanted).threshold - 1.0f);
+}
+
+// Puts exp(logit - highest logit) of the scores into column_.
+SketchSearch::Weights SketchSearch::weigh(const KernelTable& k, int head, const int32_t* scores,
+                                          int64_t count) {
+  if (count == 0) return {0, reference(head)};
+  float* column = column_.reserve(count + kPanel);
+  for (int64_t i = 0; i < count; ++i)
+    column[i] = static_cast<float>(scores[i]) * queries_.slope[head] + queries_.offset[head];
+  k.to_logits(column, count, {1.0f, tail_.softcap});
+  float lowest, top, totals[kTile] = {}, rescale[kTile];
+  k.value_range(column, count, &lowest, &top);
+  float highest[kTile] = {top, top, top, top};
+  const int64_t whole = count / kTile * kTile;
+  double sum = 0;
+  for (int64_t i = whole; i < count; ++i) {
+    column[i] = std::exp(column[i] - top);
+    sum += static_cast<double>(column[i]);
+  }
+  float rest[kTile];  // the kernel pads what lies behind the last whole tile
+  std::copy(column + whole, column + count, rest);
+  k.softmax_step(column, whole / kTile, kTile, highest, totals, rescale);
+  std::copy(rest, rest + (count - whole), column + whole);
+  for (const float total : totals) sum += static_cast<double>(total);
+  return {sum, top};
+}
+
+// The bar above which scores weigh `needed` together; their weights are in column_.
+int32_t SketchSearch::bar_for_weight(const KernelTable& k, const int32_t* scores, int64_t count,
+                                     double needed) {
+  const float* weights = column_.reserve(0);
+  const float bar = fewest_for_sum(k, weights, count, needed).bar;
+  int32_t lowest = std::numeric_limits<int32_t>::max();
+  for (int64_t i = 0; i < count; ++i) lowest = weights[i] > bar ? std::min(lowest, scores[i]) : lowest;
+  return lowest - 1;
 }
 
 void SketchSearch::set_bars(const KernelTable& k, const HeadTask& task, double widening) {
   const Budget& budget = task.entry->budget;
+  tail_.softcap = task.rule.softcap;
   for (int head = 0; head < task.group; ++head) {
     floored_[head] = false;
-    if (budget.rule == BudgetRule::kTopK) {
-      bars_[head] = bar_for_count(head, wanted_of(task) * widening);
-    } else if (budget.rule == BudgetRule::kBeta) {
-      const float* scores = sampled_scores(head);
-      bars_[head] = bar_for_beta(head, budget.beta, as_score(*std::max_element(scores, scores + sampled_)));
-    } else {
-      int32_t bar = bar_for_mass(k, task, head, cautious_mass(budget.mass, widening));
+    bars_[head] = count_bars_[head] = bar_for_count(k, head, wanted_[head] * widening);
+    if (budget.rule == BudgetRule::kBeta) {
+      const int32_t* scores = sample_scores_.reserve(0) + head * sampled_;
+      bars_[head] = bar_for_beta(head, budget.beta, *std::max_element(scores, scores + sampled_));
+    } else if (budget.rule == BudgetRule::kMass) {
+      int32_t bar = bar_for_mass(k, head, cautious_mass(budget.mass, widening));
       if (budget.ceiling > 0)
-        bar = std::max(bar, bar_for_count(head, kOversampling * static_cast<double>(budget.ceiling)));
-      bars_[head] = std::min(bar, bar_for_count(head, wanted_of(task) * widening));
+        bar = std::max(bar, bar_for_count(k, head, oversampling_[head] * static_cast<double>(budget.ceiling)));
+      bars_[head] = std::min(bar, bars_[head]);
     }
   }
   raise_to_floor(task);
 }
 
-int32_t SketchSearch::bar_for_count(int head, double wanted) {
+int32_t SketchSearch::bar_for_count(const KernelTable& k, int head, double wanted) {
   const double scanned = static_cast<double>((stop_ - first_) * kSummaryKeys);
   const auto above =
       std::max<int64_t>(1, static_cast<int64_t>(wanted / scanned * static_cast<double>(sampled_)));
-  return as_score(cut_highest(sampled_scores(head), sampled_, above).threshold - 1.0f);
+  return bar_above(k, sample_scores_.reserve(0) + head * sampled_, sampled_, above);
 }
 
-int32_t SketchSearch::bar_for_mass(const KernelTable& k, const HeadTask& task, int head, double mass) {
-  float* column = sampled_scores(head);
-  for (int64_t i = 0; i < sampled_; ++i)
-    column[i] = column[i] * queries_.slope[head] + queries_.offset[head];
-  k.to_logits(column, sampled_, {1.0f, task.rule.softcap});
-  const float top = *std::max_element(column, column + sampled_);
-  float highest[kTile] = {top, top, top, top}, totals[kTile] = {}, rescale[kTile];
-  k.softmax_step(column, sampled_ / kTile, kTile, highest, totals, rescale);
-  const double total = totals[0] + totals[1] + totals[2] + totals[3];
-  const int64_t count = fewest_for_sum(column, sampled_, mass * total);
-  // The bar as a score: that of the sampled key whose weight closes the sum.
-  return as_score(cut_highest(sampled_scores(head), sampled_, count).threshold - 1.0f);
+int32_t SketchSearch::bar_for_mass(const KernelTable& k, int head, double mass) {
+  const int32_t* scores = sample_scores_.reserve(0) + head * sampled_;
+  const double sum = weigh(k, head, scores, sampled_).sum;
+  return bar_for_weight(k, scores, sampled_, mass * sum);
 }
 
 int32_t SketchSearch::bar_for_beta(int head, float beta, int32_t highest) const {
@@ -177,28 +223,47 @@ void SketchSearch::scan(const KernelTable& k, const SketchHead& sketch, const He
     tail_sums_ = tail_memory_.reserve((stop_ - first_) * kCodeHeads);
     tail_.sums = tail_sums_ - first_ * kCodeHeads;
   }
-  tail_.softcap = task.rule.softcap;
   for (int head = 0; head < task.group; ++head) {
     tail_.slope[head] = queries_.slope[head];
     tail_.offset[head] = queries_.offset[head];
     tail_.reference[head] = logit_of(head, bars_[head]);
     correction_[head] = correction_of(head);
   }
-  int32_t highest[kCodeHeads];
-  std::fill_n(highest, kCodeHeads, std::numeric_limits<int32_t>::min());
+  int64_t chunks = 0;
   for (int64_t at = first_; at < stop_; at += kChunk) {
-    const int64_t before = hits_.count;
-    k.code_scan(sketch.codes, queries_.codes, at, std::min(stop_, at + kChunk), bars_, hits_,
-                tail_sums_ ? &tail_ : nullptr);
-    if (budget.rule != BudgetRule::kBeta) continue;
-    for (int head = 0; head < task.group; ++head) {  // the best so far raises the bar
-      const int32_t* scores = hits_.scores + head * hits_.capacity;
-      for (int64_t i = before; i < hits_.count; ++i) highest[head] = std::max(highest[head], scores[i]);
-      if (highest[head] > bars_[head])
-        bars_[head] = std::max(bars_[head], bar_for_beta(head, budget.beta, highest[head]));
-    }
+    const int64_t before = hits_.count, next = std::min(stop_, at + kChunk);
+    k.code_scan(sketch.codes, queries_.codes, at, next, bars_, hits_, tail_sums_ ? &tail_ : nullptr);
+    ++chunks;
+    if (budget.rule == BudgetRule::kBeta) raise_beta_bars(task, before);
+    const bool doubled = (chunks & (chunks - 1)) == 0;
+    if (budget.rule == BudgetRule::kMass && doubled) raise_mass_bars(k, task, next, 2);
   }
   sketched_ += keys;
+}
+
+// The best hit so far, looked for from hit `from` on, says how low a logit can be and still count.
+void SketchSearch::raise_beta_bars(const HeadTask& task, int64_t from) {
+  for (int head = 0; head < task.group; ++head) {
+    const int32_t* scores = hits_.scores + head * hits_.capacity;
+    if (from == hits_.count) continue;
+    const int32_t highest = *std::max_element(scores + from, scores + hits_.count);
+    bars_[head] = std::max(bars_[head], bar_for_beta(head, task.entry->budget.beta, highest));
+  }
+}
+
+// A sample misses the few keys with much of the mass, so its bars are low. What was scanned so far,
+// up to summary `stop`, knows better. Never above the bar that finds the budget's floor.
+void SketchSearch::raise_mass_bars(const KernelTable& k, const HeadTask& task, int64_t stop,
+                                   double caution) {
+  for (int head = 0; head < task.group; ++head) {
+    const int32_t* scores = hits_.scores + head * hits_.capacity;
+    const Weights weights = weigh(k, head, scores, hits_.count);
+    const double needed =
+        cautious_mass(task.entry->budget.mass, caution) * (weights.sum + tail_total(head, weights.top, stop));
+    if (needed > weights.sum) continue;
+    const int32_t bar = bar_for_weight(k, scores, hits_.count, needed);
+    bars_[head] = std::max(bars_[head], std::min(bar, count_bars_[head]));
+  }
 }
 
 float SketchSearch::logit_of(int head, int32_t score) const {
@@ -224,24 +289,15 @@ int64_t SketchSearch::hits_above_bar(int head) const {
   return std::count_if(scores, scores + hits_.count, [&](int32_t s) { return s > bars_[head]; });
 }
 
-double SketchSearch::hit_weights(int head) {
-  float* weights = column_.reserve(hits_.count + 1);
+// Weight of the tail up to summary `stop`, relative to exp(top).
+double SketchSearch::tail_total(int head, float top, int64_t stop) const {
   double sum = 0;
-  for (int64_t i = 0; i < hits_.count; ++i) {
-    weights[i] = std::exp(logit_of(head, hits_.scores[head * hits_.capacity + i]) - reference(head));
-    sum += static_cast<double>(weights[i]);
-  }
-  return sum;
-}
-
-double SketchSearch::tail_total(int head) const {
-  double sum = 0;
-  for (int64_t i = 0; i < stop_ - first_; ++i)
+  for (int64_t i = 0; i < stop - first_; ++i)
     sum += static_cast<double>(tail_sums_[i * kCodeHeads + head]);
-  return sum * std::exp(static_cast<double>(correction_[head]));
+  return sum * std::exp(static_cast<double>(correction_[head] + reference(head) - top));
 }
 
-bool SketchSearch::enough(const HeadTask& task) {
+bool SketchSearch::enough(const KernelTable& k, const HeadTask& task) {
   const Budget& budget = task.entry->budget;
   for (int head = 0; head < task.group; ++head) {
     if (floored_[head] || budget.rule == BudgetRule::kBeta) continue;
@@ -251,33 +307,27 @@ bool SketchSearch::enough(const HeadTask& task) {
       continue;
     }
     if (budget.ceiling > 0 && found >= budget.ceiling) continue;
-    const double weight = hit_weights(head);
-    if (found < budget.floor || weight < budget.mass * (weight + tail_total(head))) return false;
+    const Weights hits = weigh(k, head, hits_.scores + head * hits_.capacity, hits_.count);
+    const double all = hits.sum + tail_total(head, hits.top, stop_);
+    if (found < budget.floor || hits.sum < budget.mass * all) return false;
   }
   return true;
 }
 
 // ---- after the scan --------------------------------------------------------------------------------
 
-void SketchSearch::trim(const HeadTask& task) {
+void SketchSearch::trim(const KernelTable& k, const HeadTask& task) {
   const Budget& budget = task.entry->budget;
+  if (budget.rule == BudgetRule::kMass) raise_mass_bars(k, task, stop_, 1);
   for (int head = 0; head < task.group; ++head) {
+    double most = std::numeric_limits<double>::infinity();
+    if (budget.rule == BudgetRule::kTopK) most = wanted_[head];
+    if (budget.rule == BudgetRule::kMass && budget.ceiling > 0)
+      most = oversampling_[head] * static_cast<double>(budget.ceiling);
+    if (static_cast<double>(hits_above_bar(head)) < kTrimAbove * most) continue;
     const int32_t* scores = hits_.scores + head * hits_.capacity;
-    int64_t wanted = static_cast<int64_t>(wanted_of(task));
-    if (budget.rule == BudgetRule::kMass) {
-      const double sum = hit_weights(head) + tail_total(head);
-      wanted = std::max(wanted, fewest_for_sum(column_.reserve(0), hits_.count,
-                                               cautious_mass(budget.mass, 1) * sum));
-      if (budget.ceiling > 0)
-        wanted = std::min(wanted, static_cast<int64_t>(kOversampling * budget.ceiling));
-    }
-    if (budget.rule == BudgetRule::kBeta ||
-        static_cast<double>(hits_above_bar(head)) < kTrimAbove * static_cast<double>(wanted))
-      continue;
-    float* column = column_.reserve(hits_.count + 1);
-    for (int64_t i = 0; i < hits_.count; ++i) column[i] = static_cast<float>(scores[i]);
-    const float threshold = cut_highest(column, hits_.count, wanted).threshold;
-    bars_[head] = std::max(bars_[head], as_score(threshold - 1.0f));
+    const int32_t bar = bar_above(k, scores, hits_.count, static_cast<int64_t>(most));
+    bars_[head] = std::max(bars_[head], bar);
   }
   drop_below_bars();
 }
@@ -316,7 +366,7 @@ void SketchSearch::add_edges(const HeadTask& task) {
 
 float SketchSearch::rest_lse(int head) const {
   if (tail_sums_ == nullptr) return -std::numeric_limits<float>::infinity();
-  return reference(head) + static_cast<float>(std::log(tail_total(head)));
+  return reference(head) + static_cast<float>(std::log(tail_total(head, reference(head), stop_)));
 }
 
 }  // namespace longreach

@@ -36,24 +36,36 @@ class SketchSearch {
   float rest_lse(int head) const;
 
  private:
+  // Weights relative to exp(top); column_ holds each.
+  struct Weights {
+    double sum;
+    float top;
+  };
+
   void take_everything(const HeadTask& task);
-  void sample(const KernelTable& k, const SketchHead& sketch, int64_t wanted);
-  // Sample scores of a head, copied to where they may be reordered.
-  float* sampled_scores(int head);
+  double set_wanted(const HeadTask& task);
+
+  void sample(const KernelTable& k, const SketchHead& sketch, double wanted);
   void set_bars(const KernelTable& k, const HeadTask& task, double widening);
-  int32_t bar_for_count(int head, double wanted);
-  int32_t bar_for_mass(const KernelTable& k, const HeadTask& task, int head, double mass);
+  int32_t bar_for_count(const KernelTable& k, int head, double wanted);
+  int32_t bar_for_mass(const KernelTable& k, int head, double mass);
   int32_t bar_for_beta(int head, float beta, int32_t highest) const;
   void raise_to_floor(const HeadTask& task);
+
+  const float* as_floats(const int32_t* scores, int64_t count);
+  Weights weigh(const KernelTable& k, int head, const int32_t* scores, int64_t count);
+  int32_t bar_above(const KernelTable& k, const int32_t* scores, int64_t count, int64_t wanted);
+  int32_t bar_for_weight(const KernelTable& k, const int32_t* scores, int64_t count, double needed);
+
   void scan(const KernelTable& k, const SketchHead& sketch, const HeadTask& task);
-  bool enough(const HeadTask& task);
-  void trim(const HeadTask& task);
+  void raise_beta_bars(const HeadTask& task, int64_t from);
+  void raise_mass_bars(const KernelTable& k, const HeadTask& task, int64_t stop, double caution);
+  bool enough(const KernelTable& k, const HeadTask& task);
+  void trim(const KernelTable& k, const HeadTask& task);
   void drop_below_bars();
   void add_edges(const HeadTask& task);
   int64_t hits_above_bar(int head) const;
-  // Weights exp(logit - reference) of the hits, in column_; returns their sum.
-  double hit_weights(int head);
-  double tail_total(int head) const;
+  double tail_total(int head, float top, int64_t stop) const;
   float logit_of(int head, int32_t score) const;
   float correction_of(int head) const;
 
@@ -64,7 +76,10 @@ class SketchSearch {
   CodeTail tail_{};
   CodeHits hits_{};
   int64_t sampled_ = 0;
-  int32_t bars_[kCodeHeads] = {};
+  double oversampling_[kCodeHeads] = {};
+  double wanted_[kCodeHeads] = {};  // candidates a head should have
+  int32_t bars_[kCodeHeads] = {};        // scores above it make candidates
+  int32_t count_bars_[kCodeHeads] = {};  // the bar for the candidates wanted
   bool floored_[kCodeHeads] = {};
   float correction_[kCodeHeads] = {};
   Workspace<int32_t> ids_, scores_, sample_scores_;

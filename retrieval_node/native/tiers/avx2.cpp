@@ -14,6 +14,9 @@ const KernelTable kAvx2Kernels = {
     vector::softmax_step<Simd>,
     vector::accumulate<Simd>,
     vector::widen<Simd>,
+    vector::value_range<Simd>,
+    vector::count_above<Simd>,
+    vector::sum_above<Simd>,
     avx2::code_scores,
     avx2::code_scan,
 };

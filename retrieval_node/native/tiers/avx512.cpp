@@ -79,6 +79,9 @@ const KernelTable kAvx512Kernels = {
     vector::softmax_step<Simd>,
     vector::accumulate<Simd>,
     vector::widen<Simd>,
+    vector::value_range<Simd>,
+    vector::count_above<Simd>,
+    vector::sum_above<Simd>,
     avx512::code_scores,
     avx512::code_scan,
 };

@@ -88,11 +88,32 @@ void widen(const Rows& rows, int64_t first, int64_t count, float* out) {
   });
 }
 
+void value_range(const float* values, int64_t count, float* lowest, float* highest) {
+  *lowest = *highest = values[0];
+  for (int64_t i = 1; i < count; ++i) {
+    *lowest = std::fmin(*lowest, values[i]);
+    *highest = std::fmax(*highest, values[i]);
+  }
+}
+
+int64_t count_above(const float* values, int64_t count, float threshold) {
+  int64_t above = 0;
+  for (int64_t i = 0; i < count; ++i) above += values[i] > threshold;
+  return above;
+}
+
+double sum_above(const float* values, int64_t count, float threshold) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i)
+    if (values[i] > threshold) sum += static_cast<double>(values[i]);
+  return sum;
+}
+
 }  // namespace
 
 const KernelTable kScalarKernels = {
-    score,      score_panel, to_logits,           softmax_step,
-    accumulate, widen,       scalar::code_scores, scalar::code_scan,
+    score,       score_panel, to_logits, softmax_step,        accumulate,        widen,
+    value_range, count_above, sum_above, scalar::code_scores, scalar::code_scan,
 };
 
 }  // namespace longreach

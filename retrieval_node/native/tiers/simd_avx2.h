@@ -33,6 +33,8 @@ struct Simd {
     const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
   }
+  // x where it is above y, else 0.
+  static F keep_above(F x, F y) { return _mm256_and_ps(x, _mm256_cmp_ps(x, y, _CMP_GT_OQ)); }
   // x where `value` >= limit or NaN, else 0.
   static F zero_below(F x, F value, F limit) {
     return _mm256_and_ps(x, _mm256_cmp_ps(value, limit, _CMP_NLT_UQ));
@@ -58,6 +60,10 @@ struct Simd {
     float padded[kWidth];
     store(padded, x);
     std::memcpy(p, padded, static_cast<size_t>(count) * sizeof(float));
+  }
+  // Lanes of x above y.
+  static int count_above(F x, F y) {
+    return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ))));
   }
   // out[j] = sum of the lanes of the j-th argument.
   static void sum4(F a, F b, F c, F d, float* out) {

@@ -28,6 +28,10 @@ struct Simd {
   static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // x * 2^n for whole n.
   static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
+  // x where it is above y, else 0.
+  static F keep_above(F x, F y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), x);
+  }
   // x where `value` >= limit or NaN, else 0.
   static F zero_below(F x, F value, F limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(value, limit, _CMP_NLT_UQ), x);
@@ -50,6 +54,10 @@ struct Simd {
   }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store_part(float* p, F x, int count) { _mm512_mask_storeu_ps(p, first(count), x); }
+  // Lanes of x above y.
+  static int count_above(F x, F y) {
+    return __builtin_popcount(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ));
+  }
   // out[j] = sum of the lanes of the j-th argument.
   static void sum4(F a, F b, F c, F d, float* out) {
     const __m256 ab = _mm256_hadd_ps(halved(a), halved(b));

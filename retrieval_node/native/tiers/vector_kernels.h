@@ -305,6 +305,58 @@ void widen(const Rows& rows, int64_t first, int64_t count, float* out) {
   }
 }
 
+// ---- selection ----------------------------------------------------------------------------------
+
+template <class S>
+void value_range(const float* values, int64_t count, float* lowest, float* highest) {
+  auto low = S::all(values[0]), high = low;
+  int64_t i = 0;
+  for (; i + S::kWidth <= count; i += S::kWidth) {
+    const auto x = S::load(values + i);
+    low = S::min(x, low);
+    high = S::max(x, high);
+  }
+  float lows[S::kWidth], highs[S::kWidth];
+  S::store(lows, low);
+  S::store(highs, high);
+  *lowest = lows[0];
+  *highest = highs[0];
+  const auto widen_to = [&](float a, float b) {
+    if (a < *lowest) *lowest = a;
+    if (b > *highest) *highest = b;
+  };
+  for (int lane = 1; lane < S::kWidth; ++lane) widen_to(lows[lane], highs[lane]);
+  for (; i < count; ++i) widen_to(values[i], values[i]);
+}
+
+template <class S>
+int64_t count_above(const float* values, int64_t count, float threshold) {
+  const auto bar = S::all(threshold);
+  int64_t above = 0, i = 0;
+  for (; i + S::kWidth <= count; i += S::kWidth) above += S::count_above(S::load(values + i), bar);
+  for (; i < count; ++i) above += values[i] > threshold;
+  return above;
+}
+
+template <class S>
+double sum_above(const float* values, int64_t count, float threshold) {
+  constexpr int64_t kRun = 64 * S::kWidth;  // summed in float before it joins the double
+  const auto bar = S::all(threshold);
+  double sum = 0;
+  int64_t i = 0;
+  while (i + S::kWidth <= count) {
+    auto part = S::zero();
+    for (const int64_t stop = i + kRun; i < stop && i + S::kWidth <= count; i += S::kWidth)
+      part = S::add(part, S::keep_above(S::load(values + i), bar));
+    float lanes[S::kWidth];
+    S::store(lanes, part);
+    for (int lane = 0; lane < S::kWidth; ++lane) sum += static_cast<double>(lanes[lane]);
+  }
+  for (; i < count; ++i)
+    if (values[i] > threshold) sum += static_cast<double>(values[i]);
+  return sum;
+}
+
 // ---- number of heads as a compile-time constant -------------------------------------------------
 
 template <int Value>

@@ -18,7 +18,7 @@ from longreach.errors import LongreachError
 from longreach.rpc.channels import aio_channel
 from longreach.rpc.membership import MemberReport, report_to_proto
 from longreach.rpc.status import error_from_rpc
-from longreach.v1 import cluster_pb2_grpc, generation_pb2_grpc
+from longreach.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2_grpc
 from longreach.v1 import generation_pb2 as pb
 
 BEAT_S = 0.2
@@ -87,6 +87,12 @@ class World:
                 await self._cluster.Heartbeat(
                     report_to_proto(self._report(name, worker.address, worker=worker.status()))
                 )
+
+    async def leave(self, name: str) -> None:
+        """A member takes leave."""
+        self.silent.add(name)
+        incarnation = self.incarnations.get(name, 1)
+        await self._cluster.Leave(cluster_pb2.LeaveRequest(member_id=name, incarnation=incarnation))
 
     def _report(self, name: str, address: str, **kind: Any) -> MemberReport:
         return MemberReport(name, self.incarnations.get(name, 1), address, "h", "z", 4, **kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,8 @@ import pytest
 
 from coordinator.catalog.base import ContextRecord, ContextState
 from coordinator.catalog.record_json import record_from_json, record_to_json
-from coordinator.catalog.sqlite import SqliteCatalog
+from coordinator.catalog.sqlite import TOMBSTONE_TTL_S, SqliteCatalog
+from longreach.errors import FailedPrecondition
 from longreach.types import Identity, Shard, ShardMap, Span
 
 RECORD = ContextRecord(
@@ -85,12 +87,36 @@ async def test_removal_leaves_a_tombstone_until_the_context_is_stored_again(tmp_
     await again.close()
 
 
+def test_a_catalog_of_a_newer_version_is_refused_untouched(tmp_path):
+    SqliteCatalog(str(tmp_path))
+    path = tmp_path / "catalog.sqlite"
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(FailedPrecondition, match="schema 99"):
+        SqliteCatalog(str(tmp_path))
+    with sqlite3.connect(path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (99,)
+
+
+async def test_tombstones_expire_after_a_month(tmp_path):
+    day = 24 * 3600.0
+    now = 1_700_000_000.0
+    catalog = SqliteCatalog(str(tmp_path), clock=lambda: now)
+    await catalog.remove("ctx-old")
+    await catalog.close()
+    assert 30 * day <= TOMBSTONE_TTL_S
+    for days, left in ((29, {"ctx-old"}), (31, set())):
+        later = SqliteCatalog(str(tmp_path), clock=lambda days=days: now + days * day)
+        assert await later.tombstones() == left
+        await later.close()
+
+
 def test_a_finished_put_survives_the_death_of_the_process(tmp_path):
     script = textwrap.dedent(
         """
         import asyncio, dataclasses, os, signal, sys
         from coordinator.catalog.record_json import record_from_json
-        from coordinator.catalog.sqlite import SqliteCatalog
+        from coordinator.catalog.sqlite import TOMBSTONE_TTL_S, SqliteCatalog
 
         async def main():
             catalog = SqliteCatalog(sys.argv[1])

@@ -51,7 +51,8 @@ STORIES = {
         2     worker w1      ->
         3     leave w1       ->
         8     tick           ->
-        12    tick           -> forgotten w1
+        12    tick           ->
+        62    tick           -> forgotten w1
     """,
     "a member that took leave may come back as a new process": """
         0     worker w1      -> joined w1

@@ -8,7 +8,7 @@ import pytest
 from coordinator_doubles import model_info
 
 from coordinator.catalog.base import ContextRecord, ContextState
-from coordinator.holdings import Holdings, leftovers, rebuild, settled
+from coordinator.holdings import Holdings, interrupted, leftovers, rebuild, settled
 from coordinator.placement.base import ClusterView, ContextToPlace, NodeView
 from coordinator.placement.planner import place
 from longreach.types import IndexStatus, ShardInventory, Span
@@ -92,6 +92,17 @@ def test_what_was_dropped_is_missing():
 def test_a_failed_context_stays_failed():
     record = _record(state=ContextState.FAILED)
     assert settled(record, []) is record
+
+
+def test_what_was_being_stored_when_the_coordinator_ended_has_failed_and_is_dropped():
+    for state in (ContextState.RESERVED, ContextState.FILLING):
+        record = interrupted(_record(state=state))
+        assert record.state is ContextState.FAILED
+        assert "create it again" in record.error
+        inventory = _inventory(record, "n0")
+        assert leftovers("n0", inventory, {"ctx-1": record}, ()) == {"ctx-1": "t"}
+    ready = _record()
+    assert interrupted(ready) is ready
 
 
 def test_a_node_drops_deleted_contexts_strays_and_interrupted_prefills():

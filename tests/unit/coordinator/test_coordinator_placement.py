@@ -148,6 +148,14 @@ def test_auto_splits_heads_when_nodes_have_few_cores():
     assert "4.00 waves of heads" in shard_map.reason  # what `layer` would have cost
 
 
+def test_auto_does_not_split_heads_between_nodes_of_one_machine():
+    apart = [NodeView(f"n{i}", "a:1", 2, GIB, host=f"host-{i}") for i in range(2)]
+    together = [NodeView(f"n{i}", "a:1", 2, GIB, host="host") for i in range(2)]
+    context = _context(_layers(8))
+    assert place(context, ClusterView(tuple(apart))).policy == "head_group"
+    assert place(context, ClusterView(tuple(together))).policy == "layer"
+
+
 def test_the_estimate_counts_waves_messages_and_balance():
     context, view = _context(_layers(5)), _view(2, cores=4)
     by_layer = estimate(context, view, POLICIES["layer"](context, view))

@@ -9,6 +9,8 @@ import shutil
 from conftest import eventually, new_world, raised, running_world
 from coordinator_doubles import FakeSession, answer
 
+from coordinator.catalog.base import ContextState
+from coordinator.catalog.sqlite import SqliteCatalog
 from longreach.errors import NotFound, Unavailable
 from longreach.types import Identity
 from longreach.v1 import generation_pb2 as pb
@@ -52,6 +54,23 @@ async def test_a_context_is_unavailable_until_all_its_nodes_are_back(tmp_path, m
         assert "node-1" in error.message
         world.silent.clear()
         await _becomes(world, context.context_id, pb.CONTEXT_STATE_READY)
+    world.stop_doubles()
+
+
+async def test_a_prefill_that_the_coordinator_did_not_outlive_has_failed(tmp_path):
+    world = new_world(data_dir=str(tmp_path))
+    worker = world.workers["worker-0"]
+    async with running_world(world):
+        context = await world.context(TOKENS)
+    catalog = SqliteCatalog(str(tmp_path))
+    record = await catalog.get(context.context_id)
+    await catalog.put(dataclasses.replace(record, state=ContextState.FILLING))
+    await catalog.close()
+    async with running_world(world):
+        await _becomes(world, context.context_id, pb.CONTEXT_STATE_FAILED)
+        await eventually(lambda: not any(node.shards for node in world.nodes.values()))
+        assert (await world.context(TOKENS)).state == pb.CONTEXT_STATE_READY
+    assert worker.prefills == 2
     world.stop_doubles()
 
 

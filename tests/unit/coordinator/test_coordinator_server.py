@@ -241,6 +241,38 @@ async def test_deleting_a_context_ends_its_generations_with_aborted(world):
     assert isinstance(await raised(world.stub.GetContext(gone)), NotFound)
 
 
+async def test_a_context_that_is_stored_again_while_it_is_deleted_is_stored_whole(world):
+    context = await world.context(TOKENS)
+    for _ in range(10):
+        gone = pb.DeleteContextRequest(context_id=context.context_id)
+        deleting = world.stub.DeleteContext(gone)
+        stored = asyncio.create_task(world.context(TOKENS))
+        await deleting
+        assert (await stored).context_id == context.context_id
+        listed = await world.stub.ListContexts(pb.ListContextsRequest())
+        if not listed.contexts:  # it was found before the deletion began
+            await world.context(TOKENS)
+        held = {
+            shard_id
+            for node in world.nodes.values()
+            for shard_id in node.shards[context.context_id]
+        }
+        assert held == {shard.shard_id for shard in context.shard_map.shards}
+
+
+async def test_deleting_a_context_that_is_being_stored_ends_its_creation(world):
+    worker = world.workers["worker-0"]
+    worker.prefill_gate.clear()
+    call = asyncio.create_task(world.create(TOKENS))
+    await eventually(lambda: worker.prefills)
+    listed = await world.stub.ListContexts(pb.ListContextsRequest())
+    gone = pb.DeleteContextRequest(context_id=listed.contexts[0].context_id)
+    await world.stub.DeleteContext(gone)
+    assert isinstance(await raised(call), Aborted)
+    await eventually(lambda: not any(node.shards for node in world.nodes.values()))
+    assert worker.cancelled_prefills == 1
+
+
 async def test_a_failed_row_ends_only_its_own_session(world):
     worker = world.workers["worker-0"]
     worker.step_gate.clear()

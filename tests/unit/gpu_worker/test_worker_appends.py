@@ -193,6 +193,17 @@ def test_a_node_with_a_replica_is_left_behind() -> None:
     assert len(writer.streams["n1"].messages) == 2
 
 
+def test_a_node_that_hangs_is_left_behind_when_the_time_runs_out() -> None:
+    writer = Writer(everything("n0", "n1"))
+    writer.add(2)
+    writer.streams["n1"].acknowledge()
+    writer.require(START, timeout_s=0.05)
+    assert not writer.session.lost
+    writer.require(START + 2, timeout_s=0.05)
+    assert writer.session.lost == {"n0"}
+    assert writer.acknowledged == START + 2
+
+
 def test_the_last_holder_is_never_left_behind() -> None:
     writer = Writer(everything("n0", "n1"))
     writer.add()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from worker_doubles import LocalWorker, bits_equal
@@ -18,7 +19,7 @@ from longreach.errors import (
     Unavailable,
 )
 from longreach.steps import StepRow
-from longreach.types import SamplingParams
+from longreach.types import SamplingParams, StorageArray
 
 CONTEXT = 150
 
@@ -87,8 +88,8 @@ def test_a_session_on_a_prefix_of_a_stored_context_sees_only_the_prefix() -> Non
     assert_logits_equal(worker.last_logits["s"], want[-1])
 
 
-def opened(slots: int = 4) -> tuple[LocalWorker, tuple[int, ...]]:
-    worker = LocalWorker(random_model("llama"), slots=slots)
+def opened(family: str = "llama") -> tuple[LocalWorker, tuple[int, ...]]:
+    worker = LocalWorker(random_model(family))
     tokens = random_tokens(300)
     worker.prefill("s", tokens[:CONTEXT])
     worker.open("s", CONTEXT)
@@ -214,6 +215,48 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     assert result.logprob == pytest.approx(float(best.values[0]), abs=1e-4)
 
 
+def test_a_row_whose_logits_are_not_finite_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, tokens = opened()
+    worker.prefill("t", tokens[:140])
+    worker.open("t", 140)
+    forward = worker.model.forward
+
+    def overflow(model: object, **arguments: object) -> torch.Tensor:
+        logits = forward(**arguments).clone()
+        logits[0, 7] = torch.nan
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(worker.model), "forward", overflow)
+        rows = [worker.row("s", tokens[150:151]), worker.row("t", tokens[140:141])]
+        first, second = worker.step(rows).results
+    assert isinstance(first.error, Internal)
+    assert "NaN" in first.error.message
+    assert second.error is None
+    assert worker.feed("s", tokens[150:151]).results[0].error is None
+
+
+def test_sessions_in_scattered_slots_share_steps() -> None:
+    model = random_model("gemma2")
+    tokens = random_tokens(120)
+    want = eager_logits(model, tokens)
+    worker = LocalWorker(model, slots=6)
+    for name in "abcdef":
+        worker.prefill(name, tokens[:100])
+        worker.open(name, 100)
+    for name in "be":
+        worker.slab.release(worker.decoder.sessions.pop(name).slot)
+    for counts in ([1, 1, 1, 1], [5, 5, 2, 1], [1, 3, 1, 1]):
+        rows = []
+        for name, count in zip("acdf", counts, strict=True):
+            at = worker.decoder.sessions[name].length
+            rows.append(worker.row(name, tokens[at : at + count]))
+        assert not any(result.error for result in worker.step(rows).results)
+        for name in "acdf":
+            at = worker.decoder.sessions[name].length
+            assert_logits_equal(worker.last_logits[name], want[at - 1])
+
+
 def test_a_row_that_does_not_sample_returns_no_token_but_moves_the_session() -> None:
     worker, tokens = opened()
     result = worker.feed("s", tokens[150:160], sample=False).results[0]
@@ -238,20 +281,37 @@ def test_a_step_waits_for_tokens_that_leave_the_window_and_then_fails_clearly() 
     assert at - refused.acknowledged_stop <= 40 + 63 + 1
 
 
-def test_what_a_node_refused_for_a_while_is_sent_again_from_the_window() -> None:
-    worker, tokens = opened()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_a_node_refused_for_a_while_is_sent_again_from_the_window(family: str) -> None:
+    worker, tokens = opened(family)
     want = eager_logits(worker.model, tokens)
     worker.feed("s", tokens[150:151])
     assert worker.stream is not None
     worker.stream.error = Unavailable("node-0 restarts")
-    for at in range(151, 171):
-        assert worker.feed("s", tokens[at : at + 1]).results[0].error is None
+    at = 151
+    while worker.feed("s", tokens[at : at + 1]).results[0].error is None:
+        at += 1
     worker.stream.error = None
-    for at in range(171, 290):
+    refused = at
+    for at in range(refused, 290):
         result = worker.feed("s", tokens[at : at + 1]).results[0]
         assert result.error is None
         assert_logits_equal(worker.last_logits["s"], want[at])
-    assert result.acknowledged_stop > 171
+    assert result.acknowledged_stop == 290
+    for layer in range(len(worker.model.layers)):
+        for sent, want_kv in zip(
+            worker.retriever.stored("s", layer), prefilled(worker, tokens[:290], layer), strict=True
+        ):
+            np.testing.assert_allclose(sent, want_kv, atol=2e-5)
+
+
+def prefilled(
+    worker: LocalWorker, tokens: tuple[int, ...], layer: int
+) -> tuple[StorageArray, StorageArray]:
+    """Keys and values of a layer as one prefill makes them."""
+    if ("whole", layer) not in worker.retriever._stored:
+        worker.prefill("whole", tokens)
+    return worker.retriever.stored("whole", layer)
 
 
 def test_a_session_that_another_writer_took_over_is_fenced_off() -> None:

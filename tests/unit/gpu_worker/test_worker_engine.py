@@ -12,14 +12,17 @@ from dataclasses import replace
 import pytest
 import torch
 from worker_cluster import Cluster, cluster, feed, last_progress
-from worker_models import FAMILIES, eager_logits, random_model, random_tokens
+from worker_models import FAMILIES, eager_logits, random_model, random_module, random_tokens
 
 from gpu_worker.engine import Engine
+from gpu_worker.model import prepare_model
 from longreach.errors import (
     Cancelled,
     CoverageTooLow,
     IdentityMismatch,
+    Internal,
     InvalidRequest,
+    NotFound,
     PermissionDenied,
     ResourceExhausted,
     StaleEpoch,
@@ -59,6 +62,20 @@ def test_answers_equal_eager_attention_over_real_nodes(family: str) -> None:
         assert resident_bytes == engine.status().resident_used_bytes > 0
         stops = [CONTEXT + 30, *range(CONTEXT + 31, CONTEXT + 95)]
         assert_follows(engine, want, CONTEXT, stops)
+
+
+def test_bfloat16_answers_agree_within_their_rounding() -> None:
+    module = random_module("qwen3").to(torch.bfloat16)
+    model = prepare_model(module, "half", torch.device("cpu"))
+    want = torch.log_softmax(eager_logits(model, TOKENS).float(), -1)
+    with cluster(model) as nodes:
+        engine = nodes.engine()
+        to = nodes.prefill(engine, TOKENS[:CONTEXT])
+        nodes.open(engine, to, CONTEXT)
+        for at in range(CONTEXT, CONTEXT + 80):
+            result = feed(engine, at, TOKENS[at : at + 1]).results[0]
+            tokens, got = zip(*result.top_logprobs, strict=True)
+            assert got == pytest.approx(want[at][list(tokens)].tolist(), abs=0.1)
 
 
 @pytest.mark.parametrize("policy", ["span_and_head", "replicated"])
@@ -184,6 +201,29 @@ def test_without_a_replica_the_loss_is_told_and_the_session_stands_where_it_was(
             assert result.coverage < 1
 
 
+def test_replies_to_a_step_that_failed_on_the_device_are_not_left_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_model("llama")
+    want = eager_logits(model, TOKENS)
+    with cluster(model) as nodes:
+        engine = nodes.engine()
+        to = nodes.prefill(engine, TOKENS[:CONTEXT])
+        nodes.open(engine, to, CONTEXT)
+
+        def out_of_memory(*args: object) -> None:
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("gpu_worker.step.dense_attention", out_of_memory)
+            for _ in range(3):
+                result = feed(engine, CONTEXT, TOKENS[CONTEXT : CONTEXT + 4]).results[0]
+                assert isinstance(result.error, Internal)
+        streams = engine._fanout._streams.values()
+        assert [len(stream._stream._waiting) for stream in streams] == [0]  # type: ignore[attr-defined]
+        assert_follows(engine, want, CONTEXT, [CONTEXT + 4])
+
+
 def test_a_session_that_allows_less_coverage_goes_on_and_says_how_much_it_had() -> None:
     model = random_model("llama")
     with cluster(model) as nodes:
@@ -227,6 +267,20 @@ def test_slots_run_out_and_come_back() -> None:
         assert not engine.close_session("a", True)
         nodes.open(engine, to, CONTEXT, "c")
         assert engine.status().sessions == 2
+
+
+def test_idle_sessions_give_their_slots_up_when_slots_run_out() -> None:
+    model = random_model("llama")
+    with cluster(model, max_sessions=2, session_timeout_s=0) as nodes:
+        engine = nodes.engine()
+        to = nodes.prefill(engine, TOKENS[:CONTEXT])
+        for session_id in ("a", "b", "c"):
+            nodes.open(engine, to, CONTEXT, session_id)
+        result = feed(engine, CONTEXT, TOKENS[CONTEXT : CONTEXT + 1], "a").results[0]
+        assert isinstance(result.error, NotFound)
+        assert feed(engine, CONTEXT, TOKENS[CONTEXT : CONTEXT + 1], "c").results[0].error is None
+        # Its nodes still hold it.
+        assert nodes.open(engine, to, CONTEXT, "a", epoch=2)[0] == CONTEXT
 
 
 def test_closing_a_session_closes_it_on_its_nodes_when_asked() -> None:

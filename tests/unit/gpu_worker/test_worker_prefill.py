@@ -118,7 +118,7 @@ def test_the_last_layer_works_for_the_last_chunk_only(monkeypatch: pytest.Monkey
     rows: list[int] = []
     inner = last.mlp.forward
     monkeypatch.setattr(last.mlp, "forward", lambda x: (rows.append(x.shape[1]), inner(x))[1])
-    prefill(model, 128)
+    prefill(model, 4096)
     assert rows == [290 - 256]
 
 
@@ -182,8 +182,7 @@ def test_a_sparse_prefill_sends_each_layer_once_and_counts_its_density(name: str
         sink = KeepingSink()
         job = PrefillJob(tokens, model.layers, sink, FixedChunks(chunk), pattern=pattern)
         results[chunk] = job.run(model.module, model.device)
-        starts = range(0, 900, chunk)
-        assert sink.starts == [(layer, start) for layer in range(3) for start in starts]
-        assert sum(keys.shape[1] for keys in sink.keys[2]) == 900
+        assert len(set(sink.starts)) == len(sink.starts)
+        assert [sum(k.shape[1] for k in sink.keys[layer]) for layer in range(3)] == [900] * 3
         assert 0 < job.pairs_attended < job.pairs_visible
     assert_logits_equal(results[128], results[1024])

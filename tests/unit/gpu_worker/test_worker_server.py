@@ -29,6 +29,8 @@ from longreach.rpc.worker import WorkerClient
 from longreach.security import Capability, sign
 from longreach.steps import StepRow
 from longreach.types import Budget, SessionRecord
+from longreach.v1 import worker_pb2 as pb
+from longreach.v1.worker_pb2_grpc import WorkerServiceStub
 
 CONTEXT = 200
 TOKENS = random_tokens(CONTEXT + 60)
@@ -104,6 +106,19 @@ async def test_bad_requests_are_refused_and_the_stream_goes_on() -> None:
         outcome = await client.step([StepRow("nobody", 0, (1,), True)])
         assert isinstance(outcome.results[0].error, NotFound)
         await client.close()
+
+
+def test_a_malformed_step_does_not_end_the_stream() -> None:
+    with (
+        cluster(random_model("llama")) as nodes,
+        served(nodes) as address,
+        grpc.insecure_channel(address) as channel,
+    ):
+        rows = [pb.StepRow(session_id="s", position=-1), pb.StepRow(session_id="s")]
+        requests = [pb.StepRequest(step_id=i, rows=[row]) for i, row in enumerate(rows)]
+        replies = list(WorkerServiceStub(channel).Step(iter(requests)))
+        assert [reply.step_id for reply in replies] == [0, 1]
+        assert all(reply.results[0].error.reason == "INVALID_REQUEST" for reply in replies)
 
 
 async def test_a_caller_that_leaves_cancels_its_prefill() -> None:

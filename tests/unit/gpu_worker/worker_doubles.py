@@ -138,7 +138,7 @@ class LocalWorker:
         record = SessionRecord(
             session_id, "ctx", tokens, "", 1, sampling=sampling or SamplingParams()
         )
-        session = Session(record, Budget(exact=True), min_coverage, slot, tokens, route)
+        session = Session(record, Budget(exact=True), min_coverage, slot, tokens, route, 0.0)
         self.appends.open(session_id, 1, NodeSession(route, {NODE: handle}), tokens)
         self.decoder.sessions[session_id] = session
         return session

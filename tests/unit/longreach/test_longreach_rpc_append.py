@@ -195,3 +195,15 @@ def test_closing_gives_up_on_a_node_that_does_not_answer(node):
     assert len(acks.told) == 1
     assert acks.told[0][2] is not None
     node.open_gate.set()
+
+
+def test_a_callback_may_close_the_stream(node):
+    acks = Acks()
+
+    def close_after_one(*what):
+        stream.close()
+        acks(*what)
+
+    stream = AppendStream(node.address, close_after_one)
+    stream.submit([entry(1, 5)])
+    assert acks.wait(1) == [(1, 6, None)]

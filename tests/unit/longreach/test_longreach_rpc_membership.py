@@ -120,3 +120,7 @@ def test_nobody_is_registered_until_a_coordinator_answers():
     sender.start()
     assert not sender.wait_registered(0.3)
     sender.stop()
+
+
+def test_a_sender_that_never_started_can_be_stopped():
+    HeartbeatSender(["127.0.0.1:1"], report).stop()

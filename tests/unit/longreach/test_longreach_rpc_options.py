@@ -1,4 +1,4 @@
-"""gRPC ignores options it does not know, so a misspelt one would only show as broken connections."""
+"""gRPC ignores options it does not know; a misspelt one would only show as broken connections."""
 
 from __future__ import annotations
 

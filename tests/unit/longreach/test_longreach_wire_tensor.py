@@ -89,7 +89,7 @@ def test_unexpected_shapes_and_dtypes_are_named():
     with pytest.raises(MalformedTensor, match="dtype float32, expected int32"):
         wire.tensor_from_proto(proto(), name="t", dtype=np.int32)
     with pytest.raises(MalformedTensor, match="expected float16 or bfloat16"):
-        wire.tensor_from_proto(proto(), name="t", dtype=[np.dtype("<f2"), BFLOAT16])
+        wire.tensor_from_proto(proto(), name="t", dtype=(np.dtype("<f2"), BFLOAT16))
     assert wire.tensor_from_proto(proto(), name="t", shape=(None,), dtype=np.float32).shape == (2,)
 
 

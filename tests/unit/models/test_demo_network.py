@@ -31,12 +31,36 @@ def random_ids(count: int, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_priming_alone_copies_repeated_random_tokens(primed: DemoModel) -> None:
-    """Of a random text seen twice, the untrained network continues part of the second copy."""
-    ids = random_ids(40).repeat(1, 2)
-    predicted = primed.logits(primed(ids)).argmax(-1)
-    right = (predicted[0, 42:-1] == ids[0, 43:]).float().mean().item()
-    assert right > 0.3  # chance is 1 in 5,120
+def test_primed_first_layer_heads_look_one_to_four_tokens_back(primed: DemoModel) -> None:
+    ids = random_ids(64)
+    layer = primed.layers[0]
+    x = layer.input_layernorm(primed.embed_tokens(ids))
+    rotation = primed.rotation(torch.arange(64)[None], x.dtype)
+    q, k, _ = layer.self_attn.queries_keys_values(x, rotation)
+    for head in range(4):
+        logits = q[0, head, 10:] @ k[0, head // 2].t()
+        causal = torch.arange(64)[None] <= torch.arange(10, 64)[:, None]
+        found = logits.masked_fill(~causal, -math.inf).argmax(-1)
+        offsets = torch.arange(10, 64) - found
+        assert (offsets == head + 1).float().mean() > 0.9
+
+
+@torch.no_grad()
+def test_primed_last_layer_prefers_the_token_after_an_earlier_occurrence(
+    primed: DemoModel,
+) -> None:
+    """Median rank of the place that induction wants, among all earlier places."""
+    ids = random_ids(100).repeat(1, 2)
+    x = primed.embed_tokens(ids)
+    rotation = primed.rotation(torch.arange(200)[None], x.dtype)
+    *lower, last = primed.layers
+    for block in lower:
+        x = block(x, rotation, None)
+    q, k, _ = last.self_attn.queries_keys_values(last.input_layernorm(x), rotation)
+    queries = torch.arange(110, 190)
+    logits = (q[0, 0, queries] @ k[0, 0, :100].t()).float()
+    wanted = logits.gather(1, (queries - 99)[:, None])
+    assert (logits > wanted).sum(-1).float().median() < 20  # chance is 50
 
 
 @torch.no_grad()
@@ -55,13 +79,15 @@ def test_supervised_pass_without_neighbours_equals_the_plain_pass(primed: DemoMo
     ids = random_ids(64).view(2, 32)
     positions = torch.arange(32).expand(2, 32)
     rows = torch.tensor([[3, 31], [10, 20]])
-    hidden = primed.forward_supervised(
-        ids, positions, torch.zeros(2, 32), rows, torch.full((2,), -math.inf)
-    )
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = primed.forward_supervised(
+            ids, positions, torch.zeros(2, 32), rows, torch.full((2,), -math.inf)
+        ).float()
     plain = primed(ids, positions)
     expected = plain.gather(1, rows[..., None].expand(-1, -1, plain.shape[-1]))
-    # The training pass rounds its rotations and its mask to bfloat16.
-    torch.testing.assert_close(hidden, expected, atol=0.25, rtol=0.05)
+    # The training pass computes in bfloat16.
+    similarity = torch.cosine_similarity(hidden, expected, dim=-1)
+    assert similarity.min() > 0.99
 
 
 def test_a_dilution_of_log_m_counts_a_token_m_times() -> None:
@@ -118,7 +144,7 @@ def test_rows_point_one_token_before_each_target(text: TrainingText) -> None:
 def test_a_resumed_run_takes_the_same_steps(tmp_path: Path, text: TrainingText) -> None:
     settings = TrainSettings(out=tmp_path, steps=4, ranks=1)
     straight = Trainer(settings, 0, text)
-    losses = [straight.step(Schedule(step / 4)).loss for step in range(3)]
+    losses = [straight.step(Schedule(step / 4)).loss for step in range(2)]
 
     stopped = Trainer(settings, 0, text)
     stopped.step(Schedule(0.0))
@@ -126,8 +152,7 @@ def test_a_resumed_run_takes_the_same_steps(tmp_path: Path, text: TrainingText) 
     resumed = Trainer(settings, 0, text)
     resumed.load(tmp_path / "checkpoint.pt")
     assert resumed.step_count == 1
-    again = [resumed.step(Schedule(step / 4)).loss for step in (1, 2)]
-    assert again == pytest.approx(losses[1:], rel=1e-3)
+    assert resumed.step(Schedule(1 / 4)).loss == pytest.approx(losses[1], rel=1e-3)
     assert load_checkpoint(tmp_path / "checkpoint.pt").config == straight.model.config
 
 

@@ -24,7 +24,6 @@ def test_the_answer_stands_in_the_facts_own_sentences(name: str, text: TrainingT
         for question in fact.questions:
             for word in question.answer.split():
                 assert word in "".join(fact.sentences)
-            assert question.answer not in question.prompt
 
 
 @pytest.mark.parametrize("name", TRAINING_TASKS)

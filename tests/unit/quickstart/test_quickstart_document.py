@@ -59,7 +59,7 @@ def test_sentences_and_questions_have_the_forms_that_the_demo_model_knows() -> N
     needle_forms = [needle(sampler, "KEY", "VALUE", "numbers") for _ in range(20)]
     sentences = {form.sentences[0] for form in needle_forms}
     questions = {form.questions[0].prompt for form in needle_forms}
-    for fact, key in ((FACTS[0], "violet-harbor"), (FACTS[2], "copper-meadow")):
+    for fact, key in ((FACTS[0], "violet-harbor"), (FACTS[2], "copper-lantern")):
         assert fact.sentence.replace(key, "KEY").replace(fact.answer, "VALUE") in sentences
         assert fact.question.replace(key, "KEY") in questions
     known = passkey(sampler)

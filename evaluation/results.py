@@ -1,0 +1,162 @@
+"""Every answer as a line of a JSONL file, written at once, so that a run can be resumed.
+
+The first line says what makes answers comparable: model, seed, essay and cluster settings. Answers
+of another configuration are never mixed in. Tasks, lengths, methods and n may grow from run to run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from longreach.errors import InvalidRequest
+from longreach.types import WorkFigures
+
+Key = tuple[str, str, int, int, int]
+"""method, task, length, haystack, question."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One answer.
+
+    haystack: index of the task's haystack of this length; question: of `questions` over it.
+    score in [0, 1]. context_tokens, generated_tokens: counts. metadata: of the sample. work: None
+    for full attention. resident_share: KV on the worker / KV of all positions.
+    """
+
+    method: str
+    task: str
+    suite: str
+    length: int
+    haystack: int
+    question: int
+    questions: int
+    score: float
+    answer: str
+    references: tuple[str, ...]
+    context_tokens: int
+    generated_tokens: int
+    seconds: float
+    metadata: Mapping[str, Any]
+    work: WorkFigures | None = None
+    resident_share: float = 1.0
+    index_kinds: tuple[str, ...] = ()
+
+    @property
+    def column(self) -> str:
+        """The task, and of a mixed task the kind of question too."""
+        kind = self.metadata.get("kind")
+        return f"{self.task}/{kind}" if kind else self.task
+
+    @property
+    def key(self) -> Key:
+        """What tells this answer from others."""
+        return self.method, self.task, self.length, self.haystack, self.question
+
+
+class ResultsFile:
+    """Answers kept in a file; a context manager that holds it open for appending."""
+
+    def __init__(self, path: Path, configuration: Mapping[str, Any]) -> None:
+        self.path = path
+        # As JSON would give it back, so that the comparison with a file's first line is fair.
+        self.configuration = json.loads(json.dumps(dict(configuration)))
+        self._records: dict[Key, Record] = {}
+        self._file: TextIO | None = None
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Every answer, old and new."""
+        return tuple(self._records.values())
+
+    def __enter__(self) -> ResultsFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = list(_whole_lines(self.path))
+        if lines:
+            self._check(lines[0])
+            for line in lines[1:]:
+                record = _from_json(line)
+                self._records[record.key] = record
+        # Rewritten without the half line that a killed run may have left.
+        partial = self.path.with_name(self.path.name + ".partial")
+        header = {"configuration": self.configuration}
+        partial.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines[1:]]))
+        partial.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def append(self, record: Record) -> None:
+        """Keeps an answer; it is in the file when this returns."""
+        if self._file is None:
+            raise RuntimeError("ResultsFile.append needs `with`")
+        self._records[record.key] = record
+        self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        self._file.flush()
+
+    def has(self, key: Key) -> bool:
+        """Whether this answer is there."""
+        return key in self._records
+
+    def has_haystack(self, method: str, task: str, length: int, haystack: int) -> bool:
+        """Whether the method has answered every question over this haystack."""
+        first = self._records.get((method, task, length, haystack, 0))
+        return first is not None and all(
+            (method, task, length, haystack, question) in self._records
+            for question in range(first.questions)
+        )
+
+    def _check(self, header: Mapping[str, Any]) -> None:
+        found = header.get("configuration", {})
+        if found != self.configuration:
+            different = sorted(
+                name
+                for name in {*found, *self.configuration}
+                if found.get(name) != self.configuration.get(name)
+            )
+            raise InvalidRequest(
+                f"{self.path} holds answers of another configuration (different: "
+                f"{', '.join(different)}); give another --json path, or delete it"
+            )
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            return
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InvalidRequest(
+                f"{path}, line {number} is not JSON ({error}); delete the line to ask it again"
+            ) from None
+
+
+def _from_json(line: Mapping[str, Any]) -> Record:
+    fields = dict(line)
+    work = fields.pop("work")
+    return Record(
+        **{
+            **fields,
+            "references": tuple(fields["references"]),
+            "index_kinds": tuple(fields["index_kinds"]),
+            "work": None if work is None else WorkFigures(**work),
+        }
+    )

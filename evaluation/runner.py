@@ -1,0 +1,160 @@
+"""Asks every method every sample, each context prefilled once per group of methods."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from evaluation.answering import Answer, AnyAnswerer
+from evaluation.encoding import Encoder
+from evaluation.methods import Method, group_methods
+from evaluation.results import Record, ResultsFile
+from evaluation.scorers import score
+from evaluation.tasks.base import Sample, Sources, Spec, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked: `n` rounds of every task at every length, to every method."""
+
+    tasks: tuple[Task, ...]
+    lengths: tuple[int, ...]
+    methods: tuple[Method, ...]
+    n: int
+    seed: int = 0
+    sources: Sources = field(default_factory=Sources)
+
+    def haystacks(self) -> Iterator[tuple[Task, int, int]]:
+        """Every (task, length, haystack), by rounds: a stopped run has some of each."""
+        for index in range(self.n):
+            for length in self.lengths:
+                for task in self.tasks:
+                    for step in range(task.per_round):
+                        yield task, length, index * task.per_round + step
+
+    @property
+    def size(self) -> int:
+        """How many haystacks all methods together have to answer."""
+        rounds = sum(task.per_round for task in self.tasks)
+        return rounds * len(self.lengths) * self.n * len(self.methods)
+
+
+class Watcher(Protocol):
+    """Told how a run goes."""
+
+    def stage(self, text: str) -> None:
+        """What is being done now."""
+
+    def answered(self, haystacks: int) -> None:
+        """So many more haystacks are answered; all of them are Plan.size."""
+
+
+Open = Callable[[Sequence[Method]], AbstractContextManager[Mapping[Method, AnyAnswerer]]]
+"""Gives the answerers of a group of methods, for as long as they are needed."""
+
+
+def run(
+    plan: Plan,
+    encoder: Encoder,
+    open_answerers: Open,
+    store: ResultsFile,
+    watcher: Watcher,
+    limit_s: float | None = None,
+) -> bool:
+    """Asks what `store` has no answer for; False when the time limit left something unasked.
+
+    Each group of methods may use its share of the limit and what earlier groups left over; one
+    question is always finished.
+    """
+    started = time.monotonic()
+    groups = group_methods(plan.methods)
+    complete = True
+    for count, group in enumerate(groups, 1):
+        deadline = None if limit_s is None else started + limit_s * count / len(groups)
+        todo = [each for each in plan.haystacks() if not _has_all(store, group, *each)]
+        watcher.answered(plan.size // len(plan.methods) * len(group) - len(todo) * len(group))
+        if not todo:
+            continue
+        watcher.stage(f"starting {group[0].name}")
+        with open_answerers(group) as answerers:
+            for task, length, index in todo:
+                if deadline is not None and time.monotonic() > deadline:
+                    complete = False
+                    break
+                spec = Spec(length, index, plan.seed, encoder, plan.sources)
+                haystack = _Haystack(task, spec, watcher)
+                haystack.ask_all(answerers, store)
+                watcher.answered(len(group))
+    return complete
+
+
+def _has_all(
+    store: ResultsFile, group: Sequence[Method], task: Task, length: int, index: int
+) -> bool:
+    return all(store.has_haystack(method.name, task.name, length, index) for method in group)
+
+
+class _Haystack:
+    """One haystack on its way through the methods of a group."""
+
+    def __init__(self, task: Task, spec: Spec, watcher: Watcher) -> None:
+        self._task = task
+        self._spec = spec
+        self._watcher = watcher
+        watcher.stage(f"{task.name} {spec.length} #{spec.index}: writing")
+        self._samples = task.samples(spec)
+        self._where = (task.name, spec.length, spec.index)
+
+    def ask_all(self, answerers: Mapping[Method, AnyAnswerer], store: ResultsFile) -> None:
+        context = self._samples[0].context_ids
+        room = max(len(s.question_ids) + s.answer_tokens for s in self._samples)
+        handles: list[tuple[AnyAnswerer, object]] = []
+        try:
+            for method, answerer in answerers.items():
+                if store.has_haystack(method.name, *self._where):
+                    continue
+                label = f"{method.name}: {self._task.name} {self._spec.length} #{self._spec.index}"
+                handle = answerer.prefill(context, room, self._stage(label))
+                handles.append((answerer, handle))
+                self._ask(method, answerer, handle, store, label)
+        finally:
+            for answerer, handle in handles:
+                answerer.release(handle)
+
+    def _stage(self, label: str) -> Callable[[str], None]:
+        return lambda text: self._watcher.stage(f"{label}: {text}")
+
+    def _ask(
+        self, method: Method, answerer: AnyAnswerer, handle: object, store: ResultsFile, label: str
+    ) -> None:
+        for number, sample in enumerate(self._samples):
+            if store.has((method.name, *self._where, number)):
+                continue
+            self._watcher.stage(f"{label}: question {number + 1} of {len(self._samples)}")
+            answer = answerer.answer(handle, sample.question_ids, sample.answer_tokens)
+            store.append(self._record(method, number, sample, answer))
+
+    def _record(self, method: Method, number: int, sample: Sample, answer: Answer) -> Record:
+        text = self._spec.encoder.decode(answer.ids)
+        return Record(
+            method=method.name,
+            task=self._task.name,
+            suite=self._task.suite,
+            length=self._spec.length,
+            haystack=self._spec.index,
+            question=number,
+            questions=len(self._samples),
+            score=score(sample.scorer, text, sample.references),
+            answer=text,
+            references=sample.references,
+            context_tokens=len(sample.context_ids),
+            generated_tokens=len(answer.ids),
+            seconds=round(answer.seconds, 4),
+            metadata=sample.metadata,
+            work=answer.work,
+            resident_share=round(answer.resident_share, 6),
+            index_kinds=answer.index_kinds,
+        )

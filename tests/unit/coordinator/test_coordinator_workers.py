@@ -1,0 +1,109 @@
+"""Several workers: who gets a session, and what the loss of one means for the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator
+
+import pytest
+from conftest import World, eventually, new_world, raised, running_world
+from coordinator_doubles import FakeWorker, answer
+
+from longreach.errors import Unavailable
+
+TOKENS = list(range(1, 151))
+
+
+@pytest.fixture
+async def pair() -> AsyncGenerator[World, None]:
+    world = new_world()
+    world.workers["worker-1"] = FakeWorker(world.nodes, contexts=world.workers["worker-0"].contexts)
+    async with running_world(world):
+        yield world
+    world.stop_doubles()
+
+
+async def test_sessions_without_a_context_spread_over_the_workers(pair):
+    for worker in pair.workers.values():
+        worker.step_gate.clear()
+    calls = [asyncio.create_task(pair.generate([i], max_tokens=2)) for i in range(1, 9)]
+    await eventually(lambda: sum(len(w.opened) for w in pair.workers.values()) == 8)
+    assert {name: len(w.opened) for name, w in pair.workers.items()} == {
+        "worker-0": 4,
+        "worker-1": 4,
+    }
+    for worker in pair.workers.values():
+        worker.step_gate.set()
+    replies = await asyncio.gather(*calls)
+    assert [reply.token_ids for reply in replies] == [answer([i], 2) for i in range(1, 9)]
+    used = Counter(reply.summary.worker_id for reply in replies)
+    assert used == {"worker-0": 4, "worker-1": 4}
+
+
+async def test_questions_go_to_the_worker_that_knows_the_context(pair):
+    context = await pair.context(TOKENS)
+    warm = next(name for name, w in pair.workers.items() if w.prefills)
+    for _ in range(5):
+        reply = await pair.generate([3], context_id=context.context_id, max_tokens=1)
+        assert reply.summary.worker_id == warm
+    pair.workers[warm].max_sessions = 0
+    await pair.beat()
+    other = await pair.generate([3], context_id=context.context_id, max_tokens=1)
+    assert other.summary.worker_id != warm
+    assert other.token_ids == answer([*TOKENS, 3], 1)
+
+
+async def test_losing_one_worker_ends_its_sessions_only_and_the_other_takes_new_ones(pair):
+    for worker in pair.workers.values():
+        worker.step_gate.clear()
+    calls = [asyncio.create_task(pair.generate([i], max_tokens=4)) for i in (1, 2)]
+    await eventually(lambda: all(w.steps for w in pair.workers.values()))
+    pair.silent.add("worker-1")
+    pair.workers["worker-1"].server.stop(0)
+    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    pair.workers["worker-0"].step_gate.set()
+    ends = await asyncio.gather(*calls, return_exceptions=True)
+    survivors = [end for end in ends if not isinstance(end, BaseException)]
+    assert len(survivors) == 1
+    assert survivors[0].summary.worker_id == "worker-0"
+    for i in range(3):
+        assert (await pair.generate([i], max_tokens=1)).summary.worker_id == "worker-0"
+
+
+async def test_prefills_go_to_the_least_busy_worker(pair):
+    for worker in pair.workers.values():
+        worker.prefill_gate.clear()
+    first = asyncio.create_task(pair.context([1, *TOKENS]))
+    await eventually(lambda: sum(w.prefills for w in pair.workers.values()) == 1)
+    second = asyncio.create_task(pair.context([2, *TOKENS]))
+    await eventually(lambda: sum(w.prefills for w in pair.workers.values()) == 2)
+    assert {w.prefills for w in pair.workers.values()} == {1}
+    for worker in pair.workers.values():
+        worker.prefill_gate.set()
+    await asyncio.gather(first, second)
+
+
+async def test_a_worker_that_takes_leave_finishes_what_it_has(pair):
+    for worker in pair.workers.values():
+        worker.step_gate.clear()
+    calls = [asyncio.create_task(pair.generate([i], max_tokens=4)) for i in (1, 2)]
+    await eventually(lambda: all(w.steps for w in pair.workers.values()))
+    await pair.leave("worker-1")
+    for worker in pair.workers.values():
+        worker.step_gate.set()
+    replies = await asyncio.gather(*calls)
+    assert {reply.summary.worker_id for reply in replies} == {"worker-0", "worker-1"}
+    for i in range(3):
+        assert (await pair.generate([i], max_tokens=1)).summary.worker_id == "worker-0"
+
+
+async def test_without_any_worker_requests_say_so():
+    world = new_world()
+    world.silent.add("worker-0")
+    async with running_world(world):
+        for call in (world.generate([1], max_tokens=1), world.create(TOKENS)):
+            error = await raised(call)
+            assert isinstance(error, Unavailable)
+            assert error.reason == "NO_WORKER"
+    world.stop_doubles()
