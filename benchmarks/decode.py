@@ -99,7 +99,7 @@ class TransformersMethod:
 
     def resident_bytes(self) -> int:
         """Bytes of KV on the device."""
-        return self._tokens * LAYERS * KV_HEADS * HEAD_DIM * 2 * 2
+        return int(self._tokens) * LAYERS * KV_HEADS * HEAD_DIM * 2 * 2
 
 
 class RetrievalMethod:
@@ -217,10 +217,11 @@ def measure(
     steps = (turns + 1) * TURN_TOKENS
     plain = [TransformersMethod(name, keys, values, steps) for name in baselines]
     with retrieval(kinds, keys, values) as remote:
-        times = take_turns({each.name: each.token for each in (*plain, *remote)}, turns)
+        methods: list[TransformersMethod | RetrievalMethod] = [*plain, *remote]
+        times = take_turns({each.name: each.token for each in methods}, turns)
         reference = statistics.median(times[plain[0].name])
-        for each in (*plain, *remote):
-            row = {
+        for each in methods:
+            row: dict[str, object] = {
                 "context_tokens": tokens,
                 "method": each.name,
                 "token_ms": statistics.median(times[each.name]) * 1e3,

@@ -39,11 +39,13 @@ class Cell:
 
 
 def cells(records: Iterable[Record]) -> list[Cell]:
-    """Records by method, task and length, in order of appearance of the methods."""
+    """Records by method, task and length, the methods in order of appearance."""
     found: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
     for record in records:
         found[record.method, record.column, record.length].append(record)
-    return [Cell(*key, tuple(members)) for key, members in found.items()]
+    methods = list(dict.fromkeys(method for method, _, _ in found))
+    ordered = sorted(found.items(), key=lambda item: methods.index(item[0][0]))
+    return [Cell(*key, tuple(members)) for key, members in ordered]
 
 
 def pair_with_full(

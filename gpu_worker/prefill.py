@@ -54,7 +54,7 @@ class Point(Protocol):
         """`tokens_done` of the layer's tokens are through."""
 
 
-class _ChunkTaken(Exception):  # noqa: N818
+class _ChunkTaken(Exception):
     """Ends a chunk of the last layer whose output nobody needs."""
 
 

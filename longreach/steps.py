@@ -89,7 +89,7 @@ class StepRowResult:
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """Where the time of a step went on the worker, seconds. `node_s`: slowest node of each layer."""
+    """Where a step's time went on the worker, seconds. `node_s`: slowest node of each layer."""
 
     queue_s: float = 0.0
     total_s: float = 0.0

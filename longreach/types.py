@@ -127,7 +127,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ShardMap:
-    """Where every position, layer and KV head of a context lives. `addresses`: node id → host:port."""
+    """Where every position, layer and KV head of a context lives.
+
+    `addresses`: node id → host:port.
+    """
 
     shards: tuple[Shard, ...]
     addresses: dict[str, str]
@@ -195,7 +198,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """The budget that `str` wrote: "exact", "top_k=100", "mass=0.98[64,4096]", "beta=8+tail"."""
+        """The budget that `str` wrote: "exact", "top_k=100", "mass=0.98[64,4096]", "beta=8"."""
         match = re.fullmatch(
             r"(?:(exact)|(top_k|mass|beta)=([0-9.]+)(?:\[(\d+),(\d+)\])?)(\+tail)?", text.strip()
         )
@@ -343,7 +346,7 @@ class AttendResult:
 
 @dataclass(frozen=True, slots=True)
 class AppendEntry:
-    """New KV of one session: positions [start, start + len(token_ids)) for all the node's layers."""
+    """New KV of one session at [start, start + len(token_ids)), all the node's layers."""
 
     handle: int
     epoch: int

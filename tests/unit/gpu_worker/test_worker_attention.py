@@ -37,8 +37,8 @@ def specified(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: np.ndarray, scale: float, cap: float
 ) -> PartialAttention:
     """The specification for q [q_heads, rows, d]: output [q_heads, rows, dv]."""
-    arrays = (x.float().numpy() for x in (q.transpose(0, 1), k, v))
-    part = spec.partial_attention(*arrays, scale, cap, keep[:, None])
+    queries, keys, values = (x.float().numpy() for x in (q.transpose(0, 1), k, v))
+    part = spec.partial_attention(queries, keys, values, scale, cap, keep[:, None])
     return PartialAttention(np.moveaxis(part.output, 0, 1), np.moveaxis(part.lse, 0, 1))
 
 

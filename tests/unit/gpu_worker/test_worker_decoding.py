@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from worker_doubles import LocalWorker, bits_equal
 from worker_models import FAMILIES, assert_logits_equal, eager_logits, random_model, random_tokens
 
+from gpu_worker.methods.base import Collected, Ticket
 from longreach.errors import (
     CoverageTooLow,
     FailedPrecondition,
@@ -155,6 +158,40 @@ def test_a_failed_question_leaves_the_session_where_it_was(
         assert_logits_equal(worker.last_logits["s"], want[start])
 
 
+def test_a_step_that_fails_on_the_device_leaves_no_reply_untaken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker, tokens = opened()
+    want = eager_logits(worker.model, tokens[:160])
+    sent, taken = [], []
+    send = worker.retriever.send
+
+    class Counted:
+        def __init__(self, ticket: Ticket) -> None:
+            self.ticket = ticket
+
+        def collect(self) -> Collected:
+            taken.append(self.ticket)
+            return self.ticket.collect()
+
+    def counting(*args: Any) -> Counted:
+        sent.append(args)
+        return Counted(send(*args))
+
+    def out_of_memory(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(worker.retriever, "send", counting)
+    with monkeypatch.context() as patch:
+        patch.setattr("gpu_worker.step.dense_attention", out_of_memory)
+        result = worker.feed("s", tokens[150:160]).results[0]
+    assert isinstance(result.error, Internal)
+    assert len(sent) == len(taken) == 1
+    worker.feed("s", tokens[150:160])
+    assert_logits_equal(worker.last_logits["s"], want[159])
+    assert len(sent) == len(taken) == 4
+
+
 def test_a_node_that_fails_one_session_fails_only_that_row(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, tokens = opened()
     worker.prefill("t", tokens[:140])
@@ -197,6 +234,7 @@ def test_what_the_batch_holds_does_not_change_a_sampled_token() -> None:
         for _ in range(12):
             names = ["s", *(f"other-{i}" for i in range(others))]
             results = worker.step([worker.row(name, (token,)) for name in names]).results
+            assert results[0].token_id is not None
             token = results[0].token_id
             outputs.append(token)
         drawn.append(outputs)
@@ -302,7 +340,9 @@ def test_what_a_node_refused_for_a_while_is_sent_again_from_the_window(family: s
         for sent, want_kv in zip(
             worker.retriever.stored("s", layer), prefilled(worker, tokens[:290], layer), strict=True
         ):
-            np.testing.assert_allclose(sent, want_kv, atol=2e-5)
+            np.testing.assert_allclose(
+                np.asarray(sent, np.float32), np.asarray(want_kv, np.float32), atol=2e-5
+            )
 
 
 def prefilled(

@@ -20,7 +20,6 @@ from longreach.errors import (
     Cancelled,
     CoverageTooLow,
     IdentityMismatch,
-    Internal,
     InvalidRequest,
     NotFound,
     PermissionDenied,
@@ -199,29 +198,6 @@ def test_without_a_replica_the_loss_is_told_and_the_session_stands_where_it_was(
             assert isinstance(result.error, CoverageTooLow)
             assert nodes.nodes["n1"].address in result.error.message
             assert result.coverage < 1
-
-
-def test_replies_to_a_step_that_failed_on_the_device_are_not_left_behind(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = random_model("llama")
-    want = eager_logits(model, TOKENS)
-    with cluster(model) as nodes:
-        engine = nodes.engine()
-        to = nodes.prefill(engine, TOKENS[:CONTEXT])
-        nodes.open(engine, to, CONTEXT)
-
-        def out_of_memory(*args: object) -> None:
-            raise RuntimeError("out of memory")
-
-        with monkeypatch.context() as patch:
-            patch.setattr("gpu_worker.step.dense_attention", out_of_memory)
-            for _ in range(3):
-                result = feed(engine, CONTEXT, TOKENS[CONTEXT : CONTEXT + 4]).results[0]
-                assert isinstance(result.error, Internal)
-        streams = engine._fanout._streams.values()
-        assert [len(stream._stream._waiting) for stream in streams] == [0]  # type: ignore[attr-defined]
-        assert_follows(engine, want, CONTEXT, [CONTEXT + 4])
 
 
 def test_a_session_that_allows_less_coverage_goes_on_and_says_how_much_it_had() -> None:

@@ -20,7 +20,7 @@ from gpu_worker.model import Model
 from gpu_worker.patterns import PATTERNS
 from gpu_worker.prefill import PrefillJob
 from longreach.errors import Cancelled
-from longreach.types import IntArray, StorageArray
+from longreach.types import FloatArray, IntArray, StorageArray
 
 TOKENS = random_tokens(290)
 
@@ -34,6 +34,7 @@ class KeepingSink:
         self.starts: list[tuple[int, int]] = []
         self.queries: dict[int, StorageArray] = {}
         self.positions: dict[int, IntArray] = {}
+        self.logits = torch.empty(0)
 
     def put(self, layer: int, start: int, keys: StorageArray, values: StorageArray) -> None:
         self.starts.append((layer, start))
@@ -44,9 +45,13 @@ class KeepingSink:
         self.positions[layer], self.queries[layer] = positions, queries
 
 
+def fp32(array: StorageArray) -> FloatArray:
+    return np.asarray(array, np.float32)
+
+
 def prefill(model: Model, chunk: int, tokens: tuple[int, ...] = TOKENS) -> KeepingSink:
     sink = KeepingSink()
-    sink.logits = PrefillJob(tokens, model.layers, sink, FixedChunks(chunk)).run(  # type: ignore[attr-defined]
+    sink.logits = PrefillJob(tokens, model.layers, sink, FixedChunks(chunk)).run(
         model.module, model.device
     )
     return sink
@@ -57,7 +62,7 @@ def prefill(model: Model, chunk: int, tokens: tuple[int, ...] = TOKENS) -> Keepi
 def test_logits_equal_eager_attention_for_any_chunk(family: str, chunk: int) -> None:
     model = random_model(family)
     want = eager_logits(model, TOKENS)[-1]
-    assert_logits_equal(prefill(model, chunk).logits, want)  # type: ignore[attr-defined]
+    assert_logits_equal(prefill(model, chunk).logits, want)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
@@ -91,7 +96,7 @@ def test_sampled_queries_attend_as_the_model_does() -> None:
     model = random_model("llama")
     sink, whole = prefill(model, 64), prefill(model, 4096)
     for layer in range(3):
-        np.testing.assert_allclose(sink.queries[layer], whole.queries[layer], atol=2e-5)
+        np.testing.assert_allclose(fp32(sink.queries[layer]), fp32(whole.queries[layer]), atol=2e-5)
     attention = model.module.model.layers[0].self_attn
     hidden = model.module.model.layers[0].input_layernorm(
         model.module.model.embed_tokens(torch.tensor([TOKENS]))
@@ -117,7 +122,12 @@ def test_the_last_layer_works_for_the_last_chunk_only(monkeypatch: pytest.Monkey
     last = model.module.model.layers[-1]
     rows: list[int] = []
     inner = last.mlp.forward
-    monkeypatch.setattr(last.mlp, "forward", lambda x: (rows.append(x.shape[1]), inner(x))[1])
+
+    def counting(hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(hidden.shape[1])
+        return inner(hidden)
+
+    monkeypatch.setattr(last.mlp, "forward", counting)
     prefill(model, 4096)
     assert rows == [290 - 256]
 
@@ -127,7 +137,7 @@ def test_a_prefill_is_cancelled_between_two_chunks_and_the_next_one_is_whole(
     at: tuple[int, int],
 ) -> None:
     model = random_model("llama")
-    want = prefill(model, 128).logits  # type: ignore[attr-defined]
+    want = prefill(model, 128).logits
     sink = KeepingSink()
 
     def point(layer: int, tokens_done: int) -> bool:
@@ -139,14 +149,14 @@ def test_a_prefill_is_cancelled_between_two_chunks_and_the_next_one_is_whole(
     with pytest.raises(Cancelled):
         job.run(model.module, model.device)
     assert len(sink.starts) == at[0] * 3 + at[1] // 128
-    assert torch.equal(prefill(model, 128).logits, want)  # type: ignore[attr-defined]
+    assert torch.equal(prefill(model, 128).logits, want)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65])
 def test_short_prompts_are_prefilled_too(tokens: int) -> None:
     model = random_model("qwen3")
     want = eager_logits(model, TOKENS[:tokens])[-1]
-    assert_logits_equal(prefill(model, 64, TOKENS[:tokens]).logits, want)  # type: ignore[attr-defined]
+    assert_logits_equal(prefill(model, 64, TOKENS[:tokens]).logits, want)
 
 
 FULL = {
@@ -165,7 +175,7 @@ SPARSE = {
 @pytest.mark.parametrize("name", sorted(FULL))
 def test_a_pattern_that_leaves_nothing_out_is_dense_attention(name: str, family: str) -> None:
     model = random_model(family)
-    pattern = PATTERNS[name](**FULL[name])  # type: ignore[arg-type]
+    pattern = PATTERNS[name](**FULL[name])
     job = PrefillJob(TOKENS, model.layers, KeepingSink(), FixedChunks(128), pattern=pattern)
     assert_logits_equal(job.run(model.module, model.device), eager_logits(model, TOKENS)[-1])
     # Only layers of full attention without a softcap are served by the pattern.
@@ -175,7 +185,7 @@ def test_a_pattern_that_leaves_nothing_out_is_dense_attention(name: str, family:
 @pytest.mark.parametrize("name", sorted(SPARSE))
 def test_a_sparse_prefill_sends_each_layer_once_and_counts_its_density(name: str) -> None:
     model = random_model("llama")
-    pattern = PATTERNS[name](**SPARSE[name])  # type: ignore[arg-type]
+    pattern = PATTERNS[name](**SPARSE[name])
     tokens = random_tokens(900)
     results = {}
     for chunk in (128, 1024):

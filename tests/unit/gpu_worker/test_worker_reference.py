@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,12 +30,14 @@ def test_answers_are_those_of_generate(family: str) -> None:
     for seed in (1, 2):
         question = random_tokens(9, seed=seed)
         ids = torch.tensor([[*context, *question]])
-        want = eager(
-            model,
-            lambda module, ids=ids: module.generate(
+
+        def generate(module: Any, ids: torch.Tensor = ids) -> torch.Tensor:
+            tokens: torch.Tensor = module.generate(
                 ids, max_new_tokens=12, do_sample=False, eos_token_id=None
-            ),
-        )
+            )
+            return tokens
+
+        want = eager(model, generate)
         assert full.answer(question, 12) == want[0, -12:].tolist()
 
 
