@@ -1,5 +1,8 @@
 #include "isa.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -26,10 +29,18 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
 
+// Tile data is state that a process must ask the kernel for, once.
+bool has_amx() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 constexpr Tier kTiers[] = {
     {"scalar", &kScalarKernels, has_scalar},
     {"avx2", &kAvx2Kernels, has_avx2},
     {"avx512", &kAvx512Kernels, has_avx512},
+    {"amx", &kAmxKernels, has_amx},
 };
 
 std::atomic<const Tier*> current{&kTiers[0]};

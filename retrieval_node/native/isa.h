@@ -8,7 +8,7 @@
 
 namespace longreach {
 
-// Name of the tier in use: "scalar", "avx2" or "avx512".
+// Name of the tier in use: "scalar", "avx2", "avx512" or "amx".
 std::string isa_name();
 
 // Tiers this CPU can run, slowest first.

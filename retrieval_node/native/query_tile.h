@@ -18,7 +18,7 @@ class PackedTile {
     const int stride = padded_dim(dim);
     const size_t count = static_cast<size_t>(kTile) * stride;
     float* wide = wide_.reserve(count);
-    uint16_t* high = halves_.reserve(2 * count);
+    uint16_t* high = halves_.reserve(4 * count);
     uint16_t* low = high + count;
     std::memset(wide, 0, count * sizeof(float));
     std::memset(high, 0, 2 * count * sizeof(uint16_t));
@@ -34,13 +34,23 @@ class PackedTile {
         low_is_zero = low_is_zero && rest == 0;
       }
     }
-    tile_ = {wide, high, low, low_is_zero, stride};
+    auto* high_pairs = reinterpret_cast<uint32_t*>(low + count);
+    auto* low_pairs = high_pairs + count / 2;
+    pair_up(high, stride, high_pairs);
+    pair_up(low, stride, low_pairs);
+    tile_ = {wide, high, low, high_pairs, low_pairs, low_is_zero, stride};
     return tile_;
   }
 
   const QueryTile& tile() const { return tile_; }
 
  private:
+  static void pair_up(const uint16_t* queries, int stride, uint32_t* pairs) {
+    for (int r = 0; r < kTile; ++r)
+      for (int p = 0; p < stride / 2; ++p)
+        std::memcpy(&pairs[p * kTile + r], queries + r * stride + 2 * p, sizeof(uint32_t));
+  }
+
   Workspace<float> wide_;
   Workspace<uint16_t> halves_;
   QueryTile tile_{};

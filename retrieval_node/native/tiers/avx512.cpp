@@ -1,12 +1,14 @@
 // The AVX-512 tier.
+#include "tiers/avx512_score.h"
 #include "tiers/codes.h"
 #include "tiers/simd_avx512.h"
 #include "tiers/vector_kernels.h"
 
 namespace longreach {
-namespace {
 
 using avx512::Simd;
+
+namespace {
 
 __m512bh bfloats(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
@@ -64,75 +66,24 @@ void score_bfloat16(const Rows& keys, const RowChoice& choice, const QueryTile& 
   }
 }
 
+}  // namespace
+
+namespace avx512 {
+
 void score(const Rows& keys, const RowChoice& choice, const QueryTile& queries, float* scores) {
   if (keys.type != Storage::kBfloat16) return vector::score<Simd>(keys, choice, queries, scores);
   if (queries.low_is_zero) return score_bfloat16<false>(keys, choice, queries, scores);
   return score_bfloat16<true>(keys, choice, queries, scores);
 }
 
-// Value sums of bfloat16 rows, 64 elements at a time. Half of the elements of a 512-bit load become
-// float32 with one shift and half with one mask, if sums are kept apart for even and odd elements.
-void accumulate_columns(const Rows& values, const RowChoice& choice, const float* weights, int lanes,
-                        int column, bool prefetch, float* acc) {
-  constexpr int kLoads = 2;  // of 32 elements
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  const __m512i high_half = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  __m512 evens[kTile][kLoads], odds[kTile][kLoads];
-  for (int r = 0; r < kTile; ++r)
-    for (int v = 0; v < kLoads; ++v) {
-      const float* place = acc + r * values.dim + column + v * 32;
-      const __m512 a = _mm512_loadu_ps(place), b = _mm512_loadu_ps(place + 16);
-      evens[r][v] = _mm512_permutex2var_ps(a, even, b);
-      odds[r][v] = _mm512_permutex2var_ps(a, odd, b);
-    }
-  for (int64_t i = 0; i < choice.count; ++i) {
-    if (prefetch) vector::prefetch_ahead<Simd, Bfloat16>(values, choice, i);
-    const Bfloat16* value = values.row<Bfloat16>(vector::row_index<Simd>(choice, i)) + column;
-    __m512 x[kLoads], y[kLoads];
-    for (int v = 0; v < kLoads; ++v) {
-      const __m512i bits = load_bits(value + v * 32);
-      x[v] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-      y[v] = _mm512_castsi512_ps(_mm512_and_si512(bits, high_half));
-    }
-    for (int r = 0; r < kTile; ++r) {
-      const __m512 weight = _mm512_set1_ps(weights[i * lanes + r]);
-      for (int v = 0; v < kLoads; ++v) {
-        evens[r][v] = _mm512_fmadd_ps(weight, x[v], evens[r][v]);
-        odds[r][v] = _mm512_fmadd_ps(weight, y[v], odds[r][v]);
-      }
-    }
-  }
-  for (int r = 0; r < kTile; ++r)
-    for (int v = 0; v < kLoads; ++v) {
-      float* place = acc + r * values.dim + column + v * 32;
-      _mm512_storeu_ps(place, _mm512_permutex2var_ps(evens[r][v], first, odds[r][v]));
-      _mm512_storeu_ps(place + 16, _mm512_permutex2var_ps(evens[r][v], last, odds[r][v]));
-    }
-}
-
-void accumulate(const Rows& values, const RowChoice& choice, const float* weights, int lanes,
-                float* acc) {
-  constexpr int kColumns = 64;
-  if (values.type != Storage::kBfloat16 || values.dim % kColumns != 0)
-    return vector::accumulate<Simd>(values, choice, weights, lanes, acc);
-  vector::prefetch_first<Simd, Bfloat16>(values, choice);
-  for (int r = 0; r < lanes; r += kTile)
-    for (int column = 0; column < values.dim; column += kColumns)
-      accumulate_columns(values, choice, weights + r, lanes, column, r == 0 && column == 0,
-                         acc + r * values.dim);
-}
-
-}  // namespace
+}  // namespace avx512
 
 const KernelTable kAvx512Kernels = {
-    score,
+    avx512::score,
     vector::score_panel<Simd>,
     vector::to_logits<Simd>,
     vector::softmax_step<Simd>,
-    accumulate,
+    vector::accumulate<Simd>,
     vector::widen<Simd>,
     vector::value_range<Simd>,
     vector::count_above<Simd>,

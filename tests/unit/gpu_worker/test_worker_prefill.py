@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -159,13 +161,13 @@ def test_short_prompts_are_prefilled_too(tokens: int) -> None:
     assert_logits_equal(prefill(model, 64, TOKENS[:tokens]).logits, want)
 
 
-FULL = {
+FULL: dict[str, dict[str, Any]] = {
     "a_shape": {"sink_tokens": 64, "window_tokens": 512},
     "block_sparse": {"top_blocks": 100},
     "vertical_slash": {"verticals": 1000, "slashes": 1000},
     "adaptive": {"mass": 1.0, "dense_below": 0},
 }
-SPARSE = {
+SPARSE: dict[str, dict[str, Any]] = {
     "a_shape": {"sink_tokens": 64, "window_tokens": 64},
     "vertical_slash": {"verticals": 30, "slashes": 100},
 }
