@@ -145,7 +145,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation",
         description=(
-            "Measures how well methods answer over long contexts, on the same samples as full "
+            "Measures how well methods answer over long contexts, on the same samples as full\n"
             "attention. Samples are made here, with the model's own tokenizer, to exact lengths."
         ),
         epilog=_lesson(),

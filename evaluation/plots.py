@@ -90,7 +90,7 @@ def _curves(records: Sequence[Record], suite: str, path: Path) -> Path:
     axes.set_ylim(-2, 102)
     axes.set_title(suite)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
     return _save(figure, path)
 
 

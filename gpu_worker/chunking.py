@@ -6,8 +6,9 @@ import numpy as np
 
 from longreach.types import IntArray
 
-MIN_CHUNK_TOKENS = 64
-_GRAIN = 64
+MIN_CHUNK_TOKENS = 128
+"""Chunks are multiples of this, the largest query block of a sparse pattern, so that selections do
+not depend on how a prompt was cut."""
 
 
 class ChunkSizer:
@@ -39,7 +40,7 @@ class ChunkSizer:
         else:
             wanted = self._last
         bounded = max(MIN_CHUNK_TOKENS, min(wanted, self._max_tokens))
-        return min(bounded // _GRAIN * _GRAIN, self._max_tokens)
+        return min(bounded // MIN_CHUNK_TOKENS * MIN_CHUNK_TOKENS, self._max_tokens)
 
     def took(self, tokens: int, seconds: float) -> None:
         """Reports a chunk that ran."""

@@ -60,7 +60,7 @@ class WorkerConfig:
             "window_tokens": 1,
             "max_sessions": 1,
             "max_row_tokens": 1,
-            "prefill_chunk_tokens": 64,
+            "prefill_chunk_tokens": 128,
             "prefill_chunk_ms": 1,
             "prefill_shared_chunk_ms": 1,
             "step_deadline_ms": 1,

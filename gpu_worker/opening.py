@@ -7,7 +7,7 @@ also how a session moves: the nodes hold its tail, and the next row starts where
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -114,9 +114,18 @@ class Opener:
         try:
             resident = self._read_resident(nodes, stop, identity)
         except LongreachError:
-            self.close(nodes)
+            self._give_up(nodes, stops, record)
             raise
         return Opened(stop, nodes, resident)
+
+    def _give_up(self, nodes: NodeSession, stops: Mapping[str, int], record: SessionRecord) -> None:
+        """Closes a session that could not be opened, unless that would lose a tail.
+
+        A session that stands beyond its context is being taken over; its nodes keep the tail for
+        the next try.
+        """
+        if all(stop == record.context_stop for stop in stops.values()):
+            self.close(nodes)
 
     def close(self, nodes: NodeSession) -> None:
         """Ends the session on its nodes; one that does not answer forgets it by itself."""
@@ -154,6 +163,7 @@ class Opener:
         for pieces in route.pieces:
             for piece in pieces:
                 if not nodes.holders(piece):
+                    self._give_up(nodes, stops, record)
                     causes = "; ".join(failures[n].message for n in piece.node_ids)
                     raise Unavailable(f"no node of shard {piece.shard_id!r} answers: {causes}")
         return nodes, stops

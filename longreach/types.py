@@ -246,8 +246,15 @@ class WorkFigures:
     keys_covered: int = 0
 
     def __add__(self, other: WorkFigures) -> WorkFigures:
+        # Written out: this runs for every session of every layer.
         return WorkFigures(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self))
+            self.keys_in_scope + other.keys_in_scope,
+            self.keys_scanned + other.keys_scanned,
+            self.keys_sketched + other.keys_sketched,
+            self.keys_attended + other.keys_attended,
+            self.bytes_read + other.bytes_read,
+            self.bytes_in_scope + other.bytes_in_scope,
+            self.keys_covered + other.keys_covered,
         )
 
     @property

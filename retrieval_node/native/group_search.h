@@ -103,7 +103,10 @@ class GroupSearch {
     for (int t = 0; t < task_->tiles(); ++t) {
       scores_[t].resize((first + keys.count) * kTile);
       float* scores = scores_[t].data() + first * kTile;
-      kernels_->score(keys_, keys, tiles_[t].tile(), scores);
+      // Sixteen bits of a query are enough to find the way; what is found is scored exactly.
+      QueryTile rough = tiles_[t].tile();
+      rough.low_is_zero = true;
+      kernels_->score(keys_, keys, rough, scores);
       for (int r = 0; r < kTile && t * kTile + r < task_->group; ++r) {
         Beam& beam = beams_[t * kTile + r];
         for (int64_t i = 0; i < keys.count; ++i)

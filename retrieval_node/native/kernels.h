@@ -19,16 +19,17 @@ inline int padded_dim(int dim) { return (dim + kDimPadding - 1) / kDimPadding * 
 
 // kTile queries, each of `stride` = padded_dim elements: as float32, and as the sum of two bfloat16
 // (high + low), which loses nothing when the queries were bfloat16 (`low_is_zero`) and keeps 16 bits
-// of mantissa otherwise. `high_pairs` and `low_pairs` [stride / 2][kTile] hold the same in the order
-// that matrix units read: two elements of query 0, the same two of query 1, and so on.
+// of mantissa otherwise.
 struct QueryTile {
   const float* wide;
   const uint16_t* high;
   const uint16_t* low;
-  const uint32_t* high_pairs;
-  const uint32_t* low_pairs;
   bool low_is_zero;
   int stride;
+  // The same in the order that a matrix unit reads, [stride / 2][kTile]: two elements of query 0, the
+  // same two of query 1, and so on. Null in tiles that are only used for gathered rows.
+  const uint32_t* high_pairs = nullptr;
+  const uint32_t* low_pairs = nullptr;
 };
 
 // Which rows to read: ids[i], or first + i when ids is null, for i in [0, count).

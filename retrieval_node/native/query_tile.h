@@ -38,7 +38,7 @@ class PackedTile {
     auto* low_pairs = high_pairs + count / 2;
     pair_up(high, stride, high_pairs);
     pair_up(low, stride, low_pairs);
-    tile_ = {wide, high, low, high_pairs, low_pairs, low_is_zero, stride};
+    tile_ = {wide, high, low, low_is_zero, stride, high_pairs, low_pairs};
     return tile_;
   }
 

@@ -18,8 +18,13 @@ constexpr int kTileKeys = 16;
 constexpr int kTileElements = 32;
 constexpr int kQueryTileBytes = kTile * static_cast<int>(sizeof(uint32_t));
 
-// Tile registers: two of scores, two of keys, one of queries.
-constexpr int kScores0 = 0, kScores1 = 1, kKeys0 = 2, kKeys1 = 3, kQueries = 4;
+// Tile registers, by their numbers as the compiler's macros want them: two of scores, two of keys, one
+// of queries.
+#define SCORES_0 0
+#define SCORES_1 1
+#define KEYS_0 2
+#define KEYS_1 3
+#define QUERIES 4
 
 struct TileConfig {
   uint8_t palette;
@@ -42,28 +47,28 @@ inline void prefetch_keys(const Rows& keys, int64_t first) {
 inline void add_products(const Bfloat16* keys, int64_t stride, int dim, const uint32_t* pairs) {
   const auto row_bytes = stride * static_cast<int64_t>(sizeof(Bfloat16));
   for (int c = 0; c < dim; c += kTileElements) {
-    _tile_loadd(kQueries, pairs + c / 2 * kTile, kQueryTileBytes);
-    _tile_loadd(kKeys0, keys + c, row_bytes);
-    _tile_dpbf16ps(kScores0, kKeys0, kQueries);
-    _tile_loadd(kKeys1, keys + kTileKeys * stride + c, row_bytes);
-    _tile_dpbf16ps(kScores1, kKeys1, kQueries);
+    _tile_loadd(QUERIES, pairs + c / 2 * kTile, kQueryTileBytes);
+    _tile_loadd(KEYS_0, keys + c, row_bytes);
+    _tile_dpbf16ps(SCORES_0, KEYS_0, QUERIES);
+    _tile_loadd(KEYS_1, keys + kTileKeys * stride + c, row_bytes);
+    _tile_dpbf16ps(SCORES_1, KEYS_1, QUERIES);
   }
 }
 
 void score(const Rows& keys, const RowChoice& choice, const QueryTile& queries, float* scores) {
   const bool fits = keys.type == Storage::kBfloat16 && keys.dim % kTileElements == 0;
-  if (!fits || choice.ids != nullptr) return avx512::score(keys, choice, queries, scores);
+  if (!fits || choice.ids != nullptr || queries.high_pairs == nullptr) return avx512::score(keys, choice, queries, scores);
   int64_t i = 0;
   _tile_loadconfig(&kConfig);
   for (; i + 2 * kTileKeys <= choice.count; i += 2 * kTileKeys) {
     const Bfloat16* block = keys.row<Bfloat16>(choice.first + i);
     prefetch_keys(keys, choice.first + i + 2 * kTileKeys);
-    _tile_zero(kScores0);
-    _tile_zero(kScores1);
+    _tile_zero(SCORES_0);
+    _tile_zero(SCORES_1);
     add_products(block, keys.stride, keys.dim, queries.high_pairs);
     if (!queries.low_is_zero) add_products(block, keys.stride, keys.dim, queries.low_pairs);
-    _tile_stored(kScores0, scores + i * kTile, kQueryTileBytes);
-    _tile_stored(kScores1, scores + (i + kTileKeys) * kTile, kQueryTileBytes);
+    _tile_stored(SCORES_0, scores + i * kTile, kQueryTileBytes);
+    _tile_stored(SCORES_1, scores + (i + kTileKeys) * kTile, kQueryTileBytes);
   }
   _tile_release();
   if (i < choice.count)

@@ -95,6 +95,14 @@ def test_the_table_has_methods_down_and_tasks_across_with_n() -> None:
     assert "2.00% | 50.00% | 1.00% | 7.00%" in text
 
 
+def test_rulers_effective_length_ends_before_the_first_that_scores_too_little() -> None:
+    scores = {4096: 1.0, 8192: 0.9, 16_384: 0.8, 32_768: 1.0}
+    records = [record("full", score, 0, length=length) for length, score in scores.items()]
+    records += [record("cluster:exact", 0.5, 0)]
+    text = markdown(filled(records), records)
+    assert "(average at least 85.6): full: 8K; cluster:exact: none." in text
+
+
 def test_a_terminal_summary_keeps_the_figures_that_belong_together() -> None:
     rows = summary(filled(both(40, 2))).results
     assert rows[1]["difference [95%]"].startswith("-5.0 [")

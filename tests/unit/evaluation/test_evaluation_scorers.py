@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from evaluation.encoding import Encoder
 from evaluation.scorers import SCORERS, score
-from evaluation.tasks import TASKS
+from evaluation.tasks import TASKS, Sources, Spec
 
 CASES: dict[str, list[tuple[str, list[str], float]]] = {
     "string_match_all": [
@@ -117,9 +118,9 @@ def test_every_rule_has_cases_for_right_and_for_wrong() -> None:
         assert 0.0 in values
 
 
-def test_a_reference_scores_full_marks_under_its_own_tasks_rule(byte_encoder, sources) -> None:  # type: ignore[no-untyped-def]
-    from evaluation.tasks import Spec
-
+def test_a_reference_scores_full_marks_under_its_own_tasks_rule(
+    byte_encoder: Encoder, sources: Sources
+) -> None:
     for name in TASKS:
         if TASKS[name].suite in ("ruler_qa", "infinitebench_files"):
             continue

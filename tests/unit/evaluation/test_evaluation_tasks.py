@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -25,8 +28,12 @@ class Read:
         self.references = sample.references
 
 
+Reader = Callable[..., Read]
+"""Reads a task's first sample: (task, index, length)."""
+
+
 @pytest.fixture
-def read(byte_encoder: Encoder, sources: Sources):  # type: ignore[no-untyped-def]
+def read(byte_encoder: Encoder, sources: Sources) -> Reader:
     def one(task: str, index: int = 0, length: int = LENGTH) -> Read:
         samples = TASKS[task].samples(Spec(length, index, 0, byte_encoder, sources))
         return Read(samples[0], byte_encoder)
@@ -40,7 +47,9 @@ PATTERN = r"One of the special magic (\w+) for ([\w-]+) is: ([\w-]+)\."
 
 @pytest.mark.parametrize("task", NIAH)
 @pytest.mark.parametrize("index", range(3))
-def test_the_needles_of_the_asked_keys_hold_exactly_the_references(read, task, index) -> None:  # type: ignore[no-untyped-def]
+def test_the_needles_of_the_asked_keys_hold_exactly_the_references(
+    read: Reader, task: str, index: int
+) -> None:
     sample = read(task, index)
     needles = re.findall(PATTERN, sample.context)
     asked = re.search(r"for (.*?) mentioned in the provided text\?", sample.question)
@@ -59,13 +68,13 @@ def test_the_needles_of_the_asked_keys_hold_exactly_the_references(read, task, i
         ("niah_multiquery", 4, 1),
     ],
 )
-def test_needle_counts_are_those_of_ruler(read, task: str, keys: int, values: int) -> None:  # type: ignore[no-untyped-def]
+def test_needle_counts_are_those_of_ruler(read: Reader, task: str, keys: int, values: int) -> None:
     found = Counter(key for _, key, _ in re.findall(PATTERN, read(task).context))
     assert sorted(found.values()) == [values] * keys
 
 
 @pytest.mark.parametrize("task", ["niah_multikey_2", "niah_multikey_3"])
-def test_a_haystack_of_needles_is_nothing_else_and_repeats_no_key(read, task: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_haystack_of_needles_is_nothing_else_and_repeats_no_key(read: Reader, task: str) -> None:
     context = read(task).context
     needles = re.findall(PATTERN, context)
     assert len({key for _, key, _ in needles}) == len(needles) > 100
@@ -75,7 +84,7 @@ def test_a_haystack_of_needles_is_nothing_else_and_repeats_no_key(read, task: st
 @pytest.mark.parametrize(
     "task", ["niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1"]
 )
-def test_needles_stand_at_the_depths_they_were_given(read, task: str) -> None:  # type: ignore[no-untyped-def]
+def test_needles_stand_at_the_depths_they_were_given(read: Reader, task: str) -> None:
     for index in range(5):
         sample = read(task, index)
         body = sample.context.split("afterwards.\n", 1)[1]
@@ -84,7 +93,7 @@ def test_needles_stand_at_the_depths_they_were_given(read, task: str) -> None:  
         assert found == pytest.approx(wanted, abs=0.025)
 
 
-def test_a_round_of_the_needle_test_visits_ten_depths(read) -> None:  # type: ignore[no-untyped-def]
+def test_a_round_of_the_needle_test_visits_ten_depths(read: Reader) -> None:
     for index in range(12):
         sample = read("needle", index)
         body = sample.context.split("about it.\n", 1)[1]
@@ -96,7 +105,7 @@ def test_a_round_of_the_needle_test_visits_ten_depths(read) -> None:  # type: ig
 
 
 @pytest.mark.parametrize("task", ["passkey", "number_string"])
-def test_keys_in_noise_stand_at_the_59_depths_of_infinitebench(read, task: str) -> None:  # type: ignore[no-untyped-def]
+def test_keys_in_noise_stand_at_the_59_depths_of_infinitebench(read: Reader, task: str) -> None:
     depths = set()
     for index in range(59):
         sample = read(task, index, 3000)
@@ -114,7 +123,7 @@ def test_keys_in_noise_stand_at_the_59_depths_of_infinitebench(read, task: str) 
     assert depths == {round(step / 58, 6) for step in range(59)}
 
 
-def test_the_chain_of_variables_leads_from_the_value_to_every_reference(read) -> None:  # type: ignore[no-untyped-def]
+def test_the_chain_of_variables_leads_from_the_value_to_every_reference(read: Reader) -> None:
     sample = read("vt")
     value = re.search(r"assigned the value (\d{5}) in", sample.question)
     assert value is not None
@@ -127,14 +136,14 @@ def test_the_chain_of_variables_leads_from_the_value_to_every_reference(read) ->
     assert "they are: " in sample.context, "the solved example comes first"
 
 
-def test_common_words_are_the_ten_most_frequent_of_the_last_list(read) -> None:  # type: ignore[no-untyped-def]
+def test_common_words_are_the_ten_most_frequent_of_the_last_list(read: Reader) -> None:
     context = read("cwe").context.rsplit("appear most often.\n", 1)[1]
     counts = Counter(re.findall(r"\d+\. (\S+)", context))
     assert {word for word, _ in counts.most_common(10)} == set(read("cwe").references)
     assert sorted(set(counts.values())) == [3, 30]
 
 
-def test_frequent_words_are_the_three_most_frequent_after_the_dots(read) -> None:  # type: ignore[no-untyped-def]
+def test_frequent_words_are_the_three_most_frequent_after_the_dots(read: Reader) -> None:
     for length in (1024, LENGTH):
         sample = read("fwe", 0, length)
         words = sample.context.split("coded words. ", 1)[1].split()
@@ -144,9 +153,7 @@ def test_frequent_words_are_the_three_most_frequent_after_the_dots(read) -> None
         assert first > second > third > fourth
 
 
-def test_the_value_of_the_asked_key_is_in_the_json_object(read) -> None:  # type: ignore[no-untyped-def]
-    import json
-
+def test_the_value_of_the_asked_key_is_in_the_json_object(read: Reader) -> None:
     for index in range(3):
         sample = read("kv_retrieval", index)
         pairs = json.loads(sample.context.split("JSON data:\n", 1)[1])
@@ -157,7 +164,7 @@ def test_the_value_of_the_asked_key_is_in_the_json_object(read) -> None:  # type
         assert place_of == pytest.approx(sample.sample.metadata["depth"], abs=0.02)
 
 
-def test_the_code_returns_the_reference_when_it_is_run(read) -> None:  # type: ignore[no-untyped-def]
+def test_the_code_returns_the_reference_when_it_is_run(read: Reader) -> None:
     for index in range(5):
         sample = read("code_run", index)
         code = sample.context.split("Python code.\n\n", 1)[1]
@@ -168,7 +175,7 @@ def test_the_code_returns_the_reference_when_it_is_run(read) -> None:  # type: i
         assert str(eval(call.group(1), names)) == sample.references[0]
 
 
-def test_the_statistic_of_the_list_is_the_reference(read) -> None:  # type: ignore[no-untyped-def]
+def test_the_statistic_of_the_list_is_the_reference(read: Reader) -> None:
     expected = {
         "largest": lambda n: max(n),
         "second largest": lambda n: sorted(set(n), reverse=True)[1],
@@ -185,7 +192,7 @@ def test_the_statistic_of_the_list_is_the_reference(read) -> None:  # type: igno
         assert str(statistic(numbers)) == sample.references[0]
 
 
-def test_the_running_values_are_those_of_the_sum(read) -> None:  # type: ignore[no-untyped-def]
+def test_the_running_values_are_those_of_the_sum(read: Reader) -> None:
     sample = read("math_calc", 0, 4096)
     expression = sample.context.rsplit("Expression: ", 1)[1]
     terms = re.findall(r"(?:^|[+-] )\d+", expression)
@@ -211,7 +218,9 @@ def test_a_mixed_haystack_holds_the_answer_to_each_of_its_questions(
         assert len({sample.question_ids for sample in samples}) == 36
 
 
-def test_an_essay_haystack_is_running_text_of_the_users_file(read, sources: Sources) -> None:  # type: ignore[no-untyped-def]
+def test_an_essay_haystack_is_running_text_of_the_users_file(
+    read: Reader, sources: Sources
+) -> None:
     essay = load_essay(sources.essay)
     assert essay.name.startswith("essay.txt (")
     body = re.sub(PATTERN + " ", "", read("niah_single_2").context.split("afterwards.\n", 1)[1])
@@ -226,7 +235,7 @@ def test_without_a_file_the_essay_is_the_standard_librarys_documentation() -> No
     assert max(len(sentence.split()) for sentence in essay.sentences) <= 40
 
 
-def test_an_unreadable_or_short_essay_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_an_unreadable_or_short_essay_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot read"):
         load_essay(tmp_path / "missing.txt")
     short = tmp_path / "short.txt"

@@ -19,9 +19,9 @@ def settle(sizer: ChunkSizer, tokens_per_s: float, shared: bool) -> int:
 
 def test_chunks_settle_at_the_time_they_may_take() -> None:
     sizer = ChunkSizer(4096)
-    assert settle(sizer, 10_000, shared=True) == 448  # 50 ms, whole blocks of 64
+    assert settle(sizer, 10_000, shared=True) == 384  # 50 ms, whole blocks of 128
     assert settle(sizer, 10_000, shared=False) == 4096  # 500 ms would be more
-    assert settle(sizer, 1_000, shared=False) == 448
+    assert settle(sizer, 1_000, shared=False) == 384
     assert settle(sizer, 1, shared=True) == MIN_CHUNK_TOKENS
 
 
@@ -31,9 +31,9 @@ def test_chunks_shrink_at_once_and_grow_by_doubling() -> None:
     assert sizer.next_tokens(shared=False) == 8192
     assert sizer.next_tokens(shared=True) == 4992
     sizer.took(4992, 1.0)
-    assert sizer.next_tokens(shared=True) == 192
-    sizer.took(192, 192 / 1e6)
-    assert sizer.next_tokens(shared=True) == 384
+    assert sizer.next_tokens(shared=True) == 128
+    sizer.took(128, 128 / 1e6)
+    assert sizer.next_tokens(shared=True) == 256
 
 
 def test_fixed_chunks_ignore_time() -> None:

@@ -369,7 +369,7 @@ def test_a_session_that_another_writer_took_over_is_fenced_off() -> None:
 @pytest.mark.parametrize("between", [0, 5])
 def test_steps_between_prefill_chunks_change_no_bit(between: int) -> None:
     model = random_model("llama")
-    tokens, big = random_tokens(300), random_tokens(400, seed=3)
+    tokens, big = random_tokens(300), random_tokens(900, seed=3)
 
     def decode(worker: LocalWorker) -> list[torch.Tensor]:
         at = worker.decoder.sessions["s"].length

@@ -327,7 +327,7 @@ def test_a_prefill_fails_clearly_when_a_node_is_gone() -> None:
 def test_steps_run_while_a_prefill_does() -> None:
     model = random_model("llama")
     want = eager_logits(model, TOKENS)
-    with cluster(model, prefill_chunk_tokens=64) as nodes:
+    with cluster(model, prefill_chunk_tokens=128) as nodes:
         engine = nodes.engine()
         to = nodes.prefill(engine, TOKENS[:CONTEXT])
         nodes.open(engine, to, CONTEXT)

@@ -123,7 +123,7 @@ def test_a_malformed_step_does_not_end_the_stream() -> None:
 
 async def test_a_caller_that_leaves_cancels_its_prefill() -> None:
     model = random_model("llama")
-    with cluster(model, prefill_chunk_tokens=64) as nodes, served(nodes) as address:
+    with cluster(model, prefill_chunk_tokens=128) as nodes, served(nodes) as address:
         client = WorkerClient(address)
         to = nodes.destination(4000)
         long = random_tokens(4000)
