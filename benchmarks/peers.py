@@ -184,7 +184,7 @@ class PqFastScan(FaissPeer):
         return np.asarray(self.index.search(queries, TOP, params=parameters)[1])
 
 
-BEAMS = (100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
+BEAMS = (100, 120, 150, 200, 250, 300, 400, 500, 600, 800, 1200, 1600, 2400)
 
 
 class Hnsw(FaissPeer):

@@ -94,7 +94,7 @@ def _graph(report: Report, rows: list[Row]) -> None:
     if graph is not None and peer is not None:
         share = graph["graph_cpu_s"] / peer["build_cpu_s"]
         report.at_most("roargraph build over hnswlib's, without exact neighbours", 0.5, share, "x")
-    for recall in (0.90, 0.95):
+    for recall in (0.90, 0.95, 0.99):
         graph = fastest(rows, "roargraph", recall)
         peer = fastest(rows, "roargraph in faiss", recall)
         if graph is not None and peer is not None:

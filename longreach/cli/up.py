@@ -39,6 +39,14 @@ def add_parser(commands: Subparsers) -> None:
         help="the coordinator's address; port 0 picks a free one (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--prefill", default="dense", metavar="PATTERN",
+        help="attention of prefills: dense, or sparse: adaptive, vertical_slash, ... (default "
+        "%(default)s); part of what a stored context is found by",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", default="auto", help="of the model and its KV (default: the model's own)"
+    )
+    parser.add_argument(
         "--start-timeout-s", type=float, default=600.0, metavar="S",
         help="how long loading the model may take (default %(default)s)",
     )  # fmt: skip
@@ -55,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         data_dir=arguments.data_dir,
         listen=arguments.listen,
+        worker_flags={"prefill_pattern": arguments.prefill, "dtype": arguments.dtype},
         start_timeout_s=arguments.start_timeout_s,
     )
     console.print(f"starting {len(cluster.members)} processes, logs in {cluster.data_dir / 'logs'}")

@@ -68,6 +68,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="kept: a second run finds the document there (default %(default)s)",
     )
+    parser.add_argument(
+        "--prefill",
+        default="adaptive",
+        metavar="PATTERN",
+        help="how the document's attention is computed: dense, or a sparse pattern such as "
+        "adaptive, vertical_slash:verticals=500,slashes=1500 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of the model and its KV (default %(default)s)"
+    )
     parser.add_argument("--document-tokens", type=int, default=_DOCUMENT_TOKENS, metavar="N")
     return parser.parse_args(argv)
 
@@ -84,11 +94,15 @@ def _tour(arguments: argparse.Namespace, console: Console) -> Report:
         f"starting a coordinator, a worker and {_NODES} nodes; logs in "
         f"{arguments.data_dir / 'logs'}"
     )
-    with (
-        LocalCluster(arguments.model, nodes=_NODES, data_dir=arguments.data_dir) as cluster,
-        Client(cluster.address) as client,
-    ):
+    cluster = LocalCluster(
+        arguments.model,
+        nodes=_NODES,
+        data_dir=arguments.data_dir,
+        worker_flags={"prefill_pattern": arguments.prefill, "dtype": arguments.dtype},
+    )
+    with cluster, Client(cluster.address) as client:
         report = _answer_all(client, document, console)
+    report = dataclasses.replace(report, prefill=arguments.prefill, dtype=arguments.dtype)
     if arguments.verify:
         report = _verified(report, arguments.model, document, console)
     return report

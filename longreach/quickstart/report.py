@@ -78,6 +78,8 @@ class Report:
     answers: tuple[Answer, ...]
     nodes: int
     early: Answer | None = None
+    prefill: str = "dense"
+    dtype: str = ""
 
     @property
     def right(self) -> bool:
@@ -115,6 +117,8 @@ class Report:
             "index_kind": self.context.index_kind,
             "index_bytes": self.context.index_bytes,
             "placement": self.context.shard_map.reason,
+            "prefill": self.prefill,
+            "dtype": self.dtype,
         }
         if self.early is not None:
             report["answered_while_indexing"] = self.early.as_json()
@@ -160,7 +164,8 @@ def _figures_table(report: Report) -> Table:
     rows = {
         "document": f"{told['document_tokens']:,} tokens: {report.source}",
         "ingest": f"{stored} in {report.ingest_s:.1f} s; index complete after "
-        f"{report.index_ready_s:.1f} s ({told['index_kind']})",
+        f"{report.index_ready_s:.1f} s ({told['index_kind']}); prefill {report.prefill}, "
+        f"{report.dtype}",
         "time to first token": f"{told['ttft_s']:.2f} s (median)",
         "time per token": f"{told['time_per_token_ms']:.0f} ms (median)",
         "scan fraction": f"{told['scan_fraction']:.3%} of the keys in scope were read in full",

@@ -15,7 +15,7 @@ from retrieval_node.index.faiss_kind import faiss, faiss_threads
 TRAINING_NEIGHBOURS = 100
 """Exact nearest keys of each training query (Nq)."""
 
-SHAPE = GraphShape(pivots=8, degree=24, build_beam=64)
+SHAPE = GraphShape(pivots=8, degree=24, build_beam=40)
 """RoarGraph's parameters M and L, and how many pivots a query has. The published recipe is 1 pivot,
 M 35, L 500. Eight pivots spread what queries know over more keys: recall at equal reads rises, so
 that degree and beam, and with them size and build time, can be smaller. A vertex ends with at most

@@ -75,7 +75,7 @@ void attend_tiles(const KernelTable& k, const Rows& keys, const Rows& values, co
     tiles[t].pack(static_cast<int>(std::min<int64_t>(kTile, piece.count - t * kTile)), keys.dim,
                   [&](int r) { return query_of(piece, t * kTile + r, keys.dim); });
   for (int64_t at = piece.start; at < piece.stop; at += kBlock) {
-    const RowChoice block{nullptr, at, std::min(kBlock, piece.stop - at)};
+    const RowChoice block{nullptr, at, std::min(kBlock, piece.stop - at), &keys, at + kBlock};
     for (int64_t t = 0; t < tile_count; ++t) {
       k.score(keys, block, tiles[t].tile(), scores);
       add_block(k, values, block, rule, scores, kTile, sums, t * kTile);

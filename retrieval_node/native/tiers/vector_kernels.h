@@ -34,6 +34,15 @@ inline void prefetch_ahead(const Rows& rows, const RowChoice& choice, int64_t i)
     prefetch_row<S, T>(rows, choice.ids[i + kGatherAhead]);
 }
 
+// Prefetches, into the second-level cache, what comes after this choice.
+template <class S, class T>
+inline void prefetch_upcoming(const RowChoice& choice, int64_t i) {
+  if (!choice.upcoming) return;
+  const Rows& rows = *choice.upcoming;
+  const char* p = reinterpret_cast<const char*>(rows.row<T>(choice.upcoming_first + i));
+  for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64) __builtin_prefetch(p + at, 0, 2);
+}
+
 template <class S, class T>
 inline void prefetch_first(const Rows& rows, const RowChoice& choice) {
   if (!choice.ids) return;
@@ -227,7 +236,10 @@ inline void accumulate_columns(const Rows& values, const RowChoice& choice, cons
     for (int v = 0; v < Vectors; ++v)
       sums[r][v] = S::load(acc + r * values.dim + column + v * S::kWidth);
   for (int64_t i = 0; i < choice.count; ++i) {
-    if (prefetch) prefetch_ahead<S, T>(values, choice, i);
+    if (prefetch) {
+      prefetch_ahead<S, T>(values, choice, i);
+      prefetch_upcoming<S, T>(choice, i);
+    }
     const T* value = values.row<T>(row_index<S>(choice, i)) + column;
     typename S::F x[Vectors];
     for (int v = 0; v < Vectors; ++v) x[v] = S::load(value + v * S::kWidth);
