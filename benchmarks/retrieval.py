@@ -3,7 +3,7 @@
 All methods run interleaved in one process on one thread: for each decode step every method answers
 the four query heads of a group, right after 96 MB were streamed through the caches (cold) and again
 (warm). Peers are timed for the search alone, longreach's kinds for search and attention. Each
-method is timed at the cheapest width whose recall of the best 100 keys reaches .90, .95 and .99.
+method is timed at the cheapest widths whose recall of the best 100 keys reaches .90, .95, .97, .99.
 Recall alone says little about attention, so errors of the output and of the LSE against full
 attention, and the attention mass covered, stand beside it.
 """

@@ -11,7 +11,7 @@ from coordinator.server import CoordinatorServer
 from longreach.config import read_config
 from longreach.errors import LongreachError
 from longreach.logging import configure
-from longreach.process import announce, wait_for_stop_async
+from longreach.process import wait_for_stop_async
 
 _log = logging.getLogger("coordinator")
 
@@ -19,8 +19,8 @@ _log = logging.getLogger("coordinator")
 async def serve(config: CoordinatorConfig) -> None:
     """Serves until a signal asks to stop."""
     server = CoordinatorServer(config)
-    announce(await server.start())
-    await wait_for_stop_async(config.exit_with_parent)
+    address = await server.start()
+    await wait_for_stop_async(config.exit_with_parent, address=address)
     _log.info("stopping: running generations have %.0f s", config.drain_grace_s)
     await server.stop()
 

@@ -2,6 +2,7 @@
 
 A run (`python -m evaluation --help`) goes through these files, in order:
 
+    encoding.py            the model's tokenizer
     tasks/base.py          what a task and a sample are; the registry of tasks
     tasks/draft.py         sizes a sample to an exact number of the model's own tokens
     tasks/haystack.py      the text that needles hide in

@@ -17,7 +17,7 @@ from gpu_worker.server import start_server
 from longreach.config import read_config
 from longreach.errors import InvalidRequest, LongreachError
 from longreach.logging import configure
-from longreach.process import announce, wait_for_stop
+from longreach.process import wait_for_stop
 from longreach.rpc.membership import HeartbeatSender
 
 _LOG = logging.getLogger("gpu_worker")
@@ -44,7 +44,6 @@ def run(config: WorkerConfig) -> None:
     )
     readiness.set(True)
     heartbeats.start()
-    announce(address)
     _LOG.info(
         "worker on %s: %s, %d session slots of %d bytes",
         address,
@@ -52,7 +51,7 @@ def run(config: WorkerConfig) -> None:
         config.max_sessions,
         engine.status().resident_capacity_bytes // config.max_sessions,
     )
-    wait_for_stop(config.exit_with_parent)
+    wait_for_stop(config.exit_with_parent, address=address)
     readiness.set(False)
     heartbeats.stop()
     server.stop(_GRACE_S).wait()

@@ -19,10 +19,11 @@ def announce(address: str) -> None:
     print(f"serving {address}", flush=True)
 
 
-def wait_for_stop(exit_with_parent: bool = False) -> None:
+def wait_for_stop(exit_with_parent: bool = False, *, address: str = "") -> None:
     """Blocks until SIGTERM or SIGINT or, when asked, until the parent process is gone.
 
-    Main thread only. A second signal ends the process at once, as if there were no handler.
+    `address` is announced once signals are caught, so that whoever reads the line may send one at
+    once. Main thread only. A second signal ends the process, as if there were no handler.
     """
     stop = threading.Event()
 
@@ -32,12 +33,14 @@ def wait_for_stop(exit_with_parent: bool = False) -> None:
 
     for number in _STOP_SIGNALS:
         signal.signal(number, on_signal)
+    if address:
+        announce(address)
     while not stop.wait(_PARENT_CHECK_S):
         if exit_with_parent and _parent_is_gone():
             return
 
 
-async def wait_for_stop_async(exit_with_parent: bool = False) -> None:
+async def wait_for_stop_async(exit_with_parent: bool = False, *, address: str = "") -> None:
     """The same for a service that runs an event loop."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -48,6 +51,8 @@ async def wait_for_stop_async(exit_with_parent: bool = False) -> None:
 
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
+    if address:
+        announce(address)
     while not (exit_with_parent and _parent_is_gone()):
         try:
             async with asyncio.timeout(_PARENT_CHECK_S):

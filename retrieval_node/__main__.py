@@ -11,7 +11,7 @@ from pathlib import Path
 from longreach.config import read_config
 from longreach.errors import LongreachError
 from longreach.logging import configure
-from longreach.process import announce, wait_for_stop
+from longreach.process import wait_for_stop
 from longreach.rpc.membership import HeartbeatSender
 from retrieval_node import kernel
 from retrieval_node.builds import Builder
@@ -60,8 +60,7 @@ def run(config: NodeConfig) -> None:
     _repeat(lambda: store.expire(config.fill_timeout_s, config.session_timeout_s), stopping)
     readiness.set(True)
     heartbeats.start()
-    announce(address)
-    wait_for_stop(config.exit_with_parent)
+    wait_for_stop(config.exit_with_parent, address=address)
     readiness.set(False)
     heartbeats.stop()
     stopping.set()

@@ -1,4 +1,4 @@
-"""RULER's eight needle-in-a-haystack tasks (section 3.1 of arXiv 2404.06654, appendix B).
+"""RULER's eight needle-in-a-haystack tasks (section 3.1 of arXiv 2404.06654).
 
     single_1     noise,   word -> number         multikey_2  distractor needles, word -> number
     single_2     essay,   word -> number         multikey_3  distractor needles, uuid -> uuid

@@ -9,7 +9,8 @@ namespace {
 Budget budget_of(const BudgetTuple& tuple) {
   const auto [rule, top_k, mass, floor, ceiling, beta, tail_estimate] = tuple;
   require(rule >= 0 && rule <= 3, "unknown budget rule " + std::to_string(rule));
-  const Budget budget{static_cast<BudgetRule>(rule), top_k, mass, floor, ceiling, beta, tail_estimate};
+  const Budget budget{
+      static_cast<BudgetRule>(rule), top_k, mass, floor, ceiling, beta, tail_estimate};
   if (budget.rule == BudgetRule::kTopK)
     require(top_k >= 1, "top_k is " + std::to_string(top_k) + "; it must be at least 1");
   if (budget.rule == BudgetRule::kMass)

@@ -19,8 +19,8 @@ namespace longreach {
 using BudgetTuple = std::tuple<int, int64_t, double, int64_t, int64_t, float, bool>;
 using FiguresOut = nb::ndarray<int64_t, nb::c_contig, nb::device::cpu>;
 // (queries, kv_head_start, start, stop, output, lse, budget, logit_floor or None, figures).
-using BudgetedEntry = std::tuple<FloatsIn, int64_t, int64_t, int64_t, FloatsOut, FloatsOut, BudgetTuple,
-                                 std::optional<FloatsIn>, FiguresOut>;
+using BudgetedEntry = std::tuple<FloatsIn, int64_t, int64_t, int64_t, FloatsOut, FloatsOut,
+                                 BudgetTuple, std::optional<FloatsIn>, FiguresOut>;
 
 // Views of a batch, with the lists of selected keys when they are wanted.
 class BudgetedBatch {

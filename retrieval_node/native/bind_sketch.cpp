@@ -21,8 +21,9 @@ CodeFormat format_of(int eight, int four) {
   const CodeFormat format{eight, four};
   require(eight >= 0 && four >= 0 && eight <= kMostQuads && four <= kMostQuads &&
               format.quads() >= 1 && format.quads() <= kMostQuads,
-          "a code needs 1 to " + std::to_string(kMostQuads) + " groups of four dimensions; this has " +
-              std::to_string(eight) + " of 8 bits and " + std::to_string(four) + " pairs of 4 bits");
+          "a code needs 1 to " + std::to_string(kMostQuads) +
+              " groups of four dimensions; this has " + std::to_string(eight) + " of 8 bits and " +
+              std::to_string(four) + " pairs of 4 bits");
   return format;
 }
 
@@ -32,9 +33,9 @@ SketchHead head_view(const LayerKv& kv, const HeadTuple& tuple) {
   const auto& [eight, four, codes, summaries, model] = tuple;
   const CodeFormat format = format_of(eight, four);
   const int dim = kv.keys.dim, dims = format.dims();
-  require(static_cast<int64_t>(codes.size()) ==
-              groups_of(kv.count, kCodeKeys) * format.block_bytes(),
-          "codes do not have the size of " + std::to_string(kv.count) + " keys");
+  require(
+      static_cast<int64_t>(codes.size()) == groups_of(kv.count, kCodeKeys) * format.block_bytes(),
+      "codes do not have the size of " + std::to_string(kv.count) + " keys");
   require(static_cast<int64_t>(summaries.shape(0)) == groups_of(kv.count, kSummaryKeys) &&
               static_cast<int>(summaries.shape(1)) == kv.values.dim,
           "summaries must be [ceil(n / 64), value_dim]");
@@ -79,14 +80,15 @@ int64_t encode(const AnyArray& keys, const AnyArray& values, const std::string& 
               static_cast<int>(weights.shape(1)) == kv.keys.dim,
           "weights must be [dims, head_dim]");
   require(static_cast<int>(bias.size()) == format.dims(), "bias must be [dims]");
-  require(static_cast<int64_t>(codes.size()) ==
-              groups_of(kv.count, kCodeKeys) * format.block_bytes(),
-          "codes must have room for every key");
+  require(
+      static_cast<int64_t>(codes.size()) == groups_of(kv.count, kCodeKeys) * format.block_bytes(),
+      "codes must have room for every key");
   require(static_cast<int64_t>(summaries.shape(0)) == groups_of(kv.count, kSummaryKeys) &&
               static_cast<int>(summaries.shape(1)) == kv.values.dim,
           "summaries must be [ceil(n / 64), value_dim]");
   nb::gil_scoped_release unlocked;
-  const int64_t bad = encode_sketch(kv.keys, kv.count, format, weights.data(), bias.data(), codes.data());
+  const int64_t bad =
+      encode_sketch(kv.keys, kv.count, format, weights.data(), bias.data(), codes.data());
   if (bad < 0) summarise_values(kv.values, kv.count, summaries.data());
   return bad;
 }
@@ -108,7 +110,8 @@ int64_t scan(const Bytes& codes, int eight, int four, const Weights& weights,
               static_cast<int>(weights.shape(1)) == queries.format.quads(),
           "weights must be [1 to 8 heads, eight + 2 * four]");
   for (int h = 0; h < queries.heads; ++h)
-    std::copy_n(weights.data() + h * queries.format.quads(), queries.format.quads(), queries.weights[h]);
+    std::copy_n(weights.data() + h * queries.format.quads(), queries.format.quads(),
+                queries.weights[h]);
   const int64_t summaries = static_cast<int64_t>(sums.size()) / kCodeHeads;
   const int64_t keys = summaries * kSummaryKeys;
   require(static_cast<int64_t>(codes.size()) == keys * queries.format.key_bytes(),

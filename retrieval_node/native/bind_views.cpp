@@ -21,9 +21,8 @@ Rows rows_of(const AnyArray& array, Storage storage, const char* what) {
   require(array.ndim() == 3, name + " has " + std::to_string(array.ndim()) + " axes; expected 3");
   require(has_type(array, storage), name + " does not have the element type of its storage");
   const int64_t dim = static_cast<int64_t>(array.shape(2));
-  require(dim >= 1 && dim <= kLargestDim,
-          name + " has rows of " + std::to_string(dim) + "; expected 1 to " +
-              std::to_string(kLargestDim));
+  require(dim >= 1 && dim <= kLargestDim, name + " has rows of " + std::to_string(dim) +
+                                              "; expected 1 to " + std::to_string(kLargestDim));
   require(array.stride(2) == 1 || dim == 1, name + " needs dense rows (last stride 1)");
   require(array.stride(0) >= 0 && array.stride(1) >= 0, name + " has a negative stride");
   return {array.data(), storage, static_cast<int>(dim), array.stride(1)};
@@ -51,12 +50,17 @@ LayerKv layer_view(const AnyArray& keys, const AnyArray& values, const std::stri
           "keys and values differ in heads or length");
   require(keys.shape(1) < static_cast<size_t>(std::numeric_limits<int32_t>::max()),
           "more than 2^31 - 2 keys in one shard; split the context into spans");
-  return {key_rows, value_rows, keys.stride(0), values.stride(0), static_cast<int>(keys.shape(0)),
+  return {key_rows,
+          value_rows,
+          keys.stride(0),
+          values.stride(0),
+          static_cast<int>(keys.shape(0)),
           static_cast<int64_t>(keys.shape(1))};
 }
 
-AttentionRows rows_view(const LayerKv& kv, const FloatsIn& queries, int64_t head_start, int64_t start,
-                        int64_t stop, const FloatsOut& output, const FloatsOut& lse) {
+AttentionRows rows_view(const LayerKv& kv, const FloatsIn& queries, int64_t head_start,
+                        int64_t start, int64_t stop, const FloatsOut& output,
+                        const FloatsOut& lse) {
   require(queries.ndim() == 4, "queries need 4 axes [rows, heads, group, head_dim]");
   const int64_t rows = queries.shape(0), heads = queries.shape(1), group = queries.shape(2);
   require(static_cast<int>(queries.shape(3)) == kv.keys.dim,
@@ -82,8 +86,15 @@ AttentionRows rows_view(const LayerKv& kv, const FloatsIn& queries, int64_t head
   bool finite = true;
   for (size_t i = 0; i < count; ++i) finite = finite && std::isfinite(queries.data()[i]);
   require(finite, "queries hold NaN or infinity");
-  return {queries.data(), rows, static_cast<int>(heads), static_cast<int>(group),
-          static_cast<int>(head_start), start, stop, output.data(), lse.data()};
+  return {queries.data(),
+          rows,
+          static_cast<int>(heads),
+          static_cast<int>(group),
+          static_cast<int>(head_start),
+          start,
+          stop,
+          output.data(),
+          lse.data()};
 }
 
 LogitRule logit_rule(float scale, float softcap) {

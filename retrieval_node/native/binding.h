@@ -1,8 +1,8 @@
 // What the binding files share. Each concept has one bind_<concept>.cpp with one bind function,
 // listed here and called by module.cpp.
 //
-// Bindings check every shape and stride (std::invalid_argument becomes ValueError), turn arrays into
-// views, release the GIL and call free functions. No Python object goes further than this.
+// Bindings check every shape and stride (std::invalid_argument becomes ValueError), turn arrays
+// into views, release the GIL and call free functions. No Python object goes further than this.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -30,8 +30,8 @@ Storage storage_named(const std::string& name);
 LayerKv layer_view(const AnyArray& keys, const AnyArray& values, const std::string& storage);
 
 // One entry of a batch: (queries, kv_head_start, start, stop, output, lse).
-AttentionRows rows_view(const LayerKv& kv, const FloatsIn& queries, int64_t head_start, int64_t start,
-                        int64_t stop, const FloatsOut& output, const FloatsOut& lse);
+AttentionRows rows_view(const LayerKv& kv, const FloatsIn& queries, int64_t head_start,
+                        int64_t start, int64_t stop, const FloatsOut& output, const FloatsOut& lse);
 
 // Checks scale and softcap.
 LogitRule logit_rule(float scale, float softcap);

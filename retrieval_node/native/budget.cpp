@@ -47,7 +47,8 @@ Cut cut_highest(const KernelTable& k, const float* logits, int64_t count, int64_
   }
   std::nth_element(above, above + wanted - 1, above + kept, std::greater<float>());
   const float threshold = above[wanted - 1];
-  const int64_t higher = std::count_if(above, above + wanted, [&](float z) { return z > threshold; });
+  const int64_t higher =
+      std::count_if(above, above + wanted, [&](float z) { return z > threshold; });
   return {threshold, wanted - higher};
 }
 
@@ -58,8 +59,8 @@ Heaviest fewest_for_sum(const KernelTable& k, const float* weights, int64_t coun
   if (count == 0) return {0, 0};
   float low, high;
   k.value_range(weights, count, &low, &high);
-  // What lies above `high` weighs less than needed; what lies above `low`, enough, or it is all there
-  // is. Bisection goes by ratio, as weights are exponentials.
+  // What lies above `high` weighs less than needed; what lies above `low`, enough, or it is all
+  // there is. Bisection goes by ratio, as weights are exponentials.
   double above_high = 0;
   int64_t count_high = 0, count_low = count;
   low = -1;

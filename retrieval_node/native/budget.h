@@ -34,14 +34,14 @@ struct Cut {
 
 constexpr int64_t kAllTies = INT64_MAX;
 
-// The cut of one query head over logits[0 .. count). `lowest` drops logits below it, unless the budget
-// is exact. `rest_lse` is the log of the summed exponentials of keys not listed (-infinity: none);
-// only the mass rule uses it.
+// The cut of one query head over logits[0 .. count). `lowest` drops logits below it, unless the
+// budget is exact. `rest_lse` is the log of the summed exponentials of keys not listed (-infinity:
+// none); only the mass rule uses it.
 Cut cut_of(const KernelTable& k, const Budget& budget, const float* logits, int64_t count,
            float lowest, float rest_lse);
 
-// Fewest of the highest weights (>= 0) whose sum reaches `needed`: the `count` highest, all of them if
-// that is not enough, at least one if there are any. They are those above `bar`, but for ties.
+// Fewest of the highest weights (>= 0) whose sum reaches `needed`: the `count` highest, all of them
+// if that is not enough, at least one if there are any. They are those above `bar`, but for ties.
 struct Heaviest {
   int64_t count;
   float bar;

@@ -36,7 +36,8 @@ void ChosenAttention::reserve(const HeadTask& task, int64_t count) {
   std::fill_n(sums_, static_cast<int64_t>(rows) * value_dim_, 0.0f);
   std::fill_n(highest_, rows, kMinusInfinity);
   std::fill_n(total_, rows, 0.0f);
-  if (tiles_.size() < static_cast<size_t>(task.tiles())) tiles_ = std::vector<PackedTile>(task.tiles());
+  if (tiles_.size() < static_cast<size_t>(task.tiles()))
+    tiles_ = std::vector<PackedTile>(task.tiles());
 }
 
 void ChosenAttention::score(const KernelTable& k, const HeadTask& task,
@@ -104,7 +105,8 @@ void ChosenAttention::attend(const KernelTable& k, const HeadTask& task) {
   const Rows values = task.values();
   float rescale[kTile];
   for (int t = 0; t < task.tiles(); ++t) {
-    k.softmax_step(weights + t * stride, kept, kTile, highest_ + t * kTile, total_ + t * kTile, rescale);
+    k.softmax_step(weights + t * stride, kept, kTile, highest_ + t * kTile, total_ + t * kTile,
+                   rescale);
     k.accumulate(values, {ids, 0, kept}, weights + t * stride, kTile, sums(t * kTile));
   }
   task.figures().attended += kept;
@@ -151,7 +153,8 @@ void attend_candidates(const LayerKv& kv, const std::vector<BudgetedRows>& batch
   for_each_head(kv, batch, rule, [&](const HeadTask& task, size_t number) {
     const Candidates& given = candidates[number];
     const int64_t i = task.row * task.entry->rows.heads + task.head;
-    attend_over(k, task, {given.ids + given.offsets[i], 0, given.offsets[i + 1] - given.offsets[i]});
+    attend_over(k, task,
+                {given.ids + given.offsets[i], 0, given.offsets[i + 1] - given.offsets[i]});
   });
 }
 

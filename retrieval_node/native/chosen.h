@@ -22,8 +22,8 @@ struct HeadFigures {
 };
 constexpr int kFigures = 6;
 
-// AttentionRows with a budget. `logit_floor` is null or [rows, heads, group]. figures [rows, heads].
-// `selected` is null or has a list of keys for each (row, head, query head).
+// AttentionRows with a budget. `logit_floor` is null or [rows, heads, group]. figures [rows,
+// heads]. `selected` is null or has a list of keys for each (row, head, query head).
 struct BudgetedRows {
   AttentionRows rows;
   Budget budget;
@@ -63,7 +63,6 @@ class ChosenAttention {
   // Softmax and value sums over the kept candidates; `finish` may follow after more is added. Lists
   // the kept candidates if the entry wants them.
   void attend(const KernelTable& k, const HeadTask& task);
-
 
   // Divides by the total and writes output and lse.
   void finish(const HeadTask& task);

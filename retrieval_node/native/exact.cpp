@@ -17,16 +17,20 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // From this many query rows on, K and V blocks are widened once and scored by panels.
 constexpr int64_t kPanelFrom = 9;
-// Keys scored before their values are read: K and V of a block stay in the L2 cache.
-constexpr int64_t kBlock = 128;
+// Keys scored before their values are read; K and V of a block stay in the L2 cache, for panels as
+// float32.
+constexpr int64_t kTileBlock = 512;
+constexpr int64_t kPanelBlock = 128;
+// Scores of a block, and what softmax_step may write past them.
+constexpr int64_t kScoreFloats = std::max(kTileBlock * kTile, kPanelBlock* kPanel) + kPanel;
 // A pass is cut along the keys only into pieces at least this long.
 constexpr int64_t kShortestPiece = 2048;
 
 const float* query_of(const Piece& piece, int64_t row, int dim) {
   const AttentionRows& entry = *piece.entry;
   const int64_t flat = piece.first + row;
-  return entry.queries + entry.index(flat / entry.group, piece.head,
-                                     static_cast<int>(flat % entry.group)) * dim;
+  return entry.queries +
+         entry.index(flat / entry.group, piece.head, static_cast<int>(flat % entry.group)) * dim;
 }
 
 // Running softmax sums of up to kRowsAtOnce rows.
@@ -74,8 +78,9 @@ void attend_tiles(const KernelTable& k, const Rows& keys, const Rows& values, co
   for (int64_t t = 0; t < tile_count; ++t)
     tiles[t].pack(static_cast<int>(std::min<int64_t>(kTile, piece.count - t * kTile)), keys.dim,
                   [&](int r) { return query_of(piece, t * kTile + r, keys.dim); });
-  for (int64_t at = piece.start; at < piece.stop; at += kBlock) {
-    const RowChoice block{nullptr, at, std::min(kBlock, piece.stop - at), &keys, at + kBlock};
+  for (int64_t at = piece.start; at < piece.stop; at += kTileBlock) {
+    const int64_t count = std::min(kTileBlock, piece.stop - at);
+    const RowChoice block{nullptr, at, count, &keys, at + kTileBlock};
     for (int64_t t = 0; t < tile_count; ++t) {
       k.score(keys, block, tiles[t].tile(), scores);
       add_block(k, values, block, rule, scores, kTile, sums, t * kTile);
@@ -96,11 +101,11 @@ void attend_panels(const KernelTable& k, const Rows& keys, const Rows& values, c
     float* panel = panels + (r / kPanel) * panel_size + r % kPanel;
     for (int c = 0; c < keys.dim; ++c) panel[c * kPanel] = query[c];
   }
-  float* wide_keys = wide_memory.reserve(kBlock * (keys.dim + values.dim));
-  float* wide_values = wide_keys + kBlock * keys.dim;
+  float* wide_keys = wide_memory.reserve(kPanelBlock * (keys.dim + values.dim));
+  float* wide_values = wide_keys + kPanelBlock * keys.dim;
   const Rows block_values{wide_values, Storage::kFloat32, values.dim, values.dim};
-  for (int64_t at = piece.start; at < piece.stop; at += kBlock) {
-    const int64_t count = std::min(kBlock, piece.stop - at);
+  for (int64_t at = piece.start; at < piece.stop; at += kPanelBlock) {
+    const int64_t count = std::min(kPanelBlock, piece.stop - at);
     k.widen(keys, at, count, wide_keys);
     k.widen(values, at, count, wide_values);
     for (int64_t p = 0; p < panel_count; ++p) {
@@ -125,20 +130,21 @@ int64_t runs_of(const AttentionRows& entry) {
 Plan plan_pieces(const std::vector<AttentionRows>& batch, int value_dim, int threads) {
   int64_t runs = 0;
   for (const auto& entry : batch) runs += runs_of(entry);
-  const int64_t wanted = runs >= threads ? 1 : (2 * threads + runs - 1) / std::max<int64_t>(1, runs);
+  const int64_t wanted =
+      runs >= threads ? 1 : (2 * threads + runs - 1) / std::max<int64_t>(1, runs);
   Plan plan;
   for (const auto& entry : batch) {
     const int64_t flat_rows = entry.rows * entry.group;
     const int64_t length = entry.stop - entry.start;
     const int64_t cuts = std::clamp<int64_t>(length / kShortestPiece, 1, wanted);
-    const int64_t step = ((length + cuts - 1) / cuts + kBlock - 1) / kBlock * kBlock;
+    const int64_t step = ((length + cuts - 1) / cuts + kTileBlock - 1) / kTileBlock * kTileBlock;
     for (int head = 0; head < entry.heads; ++head)
       for (int64_t first = 0; first < flat_rows; first += kRowsAtOnce) {
         const int64_t count = std::min(kRowsAtOnce, flat_rows - first);
         int made = 0;
         for (int64_t at = entry.start; made == 0 || at < entry.stop; at += step, ++made) {
-          plan.pieces.push_back({&entry, head, first, count, at,
-                                 std::min(entry.stop, at + step), nullptr, nullptr});
+          plan.pieces.push_back(
+              {&entry, head, first, count, at, std::min(entry.stop, at + step), nullptr, nullptr});
           plan.memory_floats += static_cast<size_t>(count) * (value_dim + 1);
         }
         plan.cuts.push_back(made);
@@ -152,8 +158,8 @@ void merge_run(const Piece* pieces, int cuts, int value_dim) {
   const AttentionRows& entry = *pieces->entry;
   for (int64_t r = 0; r < pieces->count; ++r) {
     const int64_t flat = pieces->first + r;
-    const int64_t at = entry.index(flat / entry.group, pieces->head,
-                                   static_cast<int>(flat % entry.group));
+    const int64_t at =
+        entry.index(flat / entry.group, pieces->head, static_cast<int>(flat % entry.group));
     float* output = entry.output + at * value_dim;
     float highest = kMinusInfinity;
     for (int p = 0; p < cuts; ++p)  // NaN wins, so that a NaN key is not hidden
@@ -194,9 +200,9 @@ void attend_piece(const KernelTable& k, const LayerKv& kv, const Piece& piece,
   const Rows keys = kv.keys_of(head);
   const Rows values = kv.values_of(head);
   const int64_t rows = (piece.count + kPanel - 1) / kPanel * kPanel;
-  float* scores = memory.reserve(kBlock * kPanel + kPanel + rows * (values.dim + 2));
-  const Sums sums{scores + kBlock * kPanel + kPanel, scores + kBlock * kPanel + kPanel + rows * values.dim,
-                  scores + kBlock * kPanel + kPanel + rows * (values.dim + 1)};
+  float* scores = memory.reserve(kScoreFloats + rows * (values.dim + 2));
+  float* acc = scores + kScoreFloats;
+  const Sums sums{acc, acc + rows * values.dim, acc + rows * (values.dim + 1)};
   start_sums(sums, rows, values.dim);
   const auto attend = piece.count < kPanelFrom ? attend_tiles : attend_panels;
   attend(k, keys, values, piece, rule, scores, sums);

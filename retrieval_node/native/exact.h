@@ -56,10 +56,12 @@ struct Piece {
 constexpr int64_t kRowsAtOnce = 64;
 
 // Exact attention of one piece, on the calling thread.
-void attend_piece(const KernelTable& k, const LayerKv& kv, const Piece& piece, const LogitRule& rule);
+void attend_piece(const KernelTable& k, const LayerKv& kv, const Piece& piece,
+                  const LogitRule& rule);
 
 // Fills output and lse of every entry. Every K and V row is read from memory once for up to
 // kRowsAtOnce query rows. Deterministic for a given pool size.
-void attend_exact(const LayerKv& kv, const std::vector<AttentionRows>& batch, const LogitRule& rule);
+void attend_exact(const LayerKv& kv, const std::vector<AttentionRows>& batch,
+                  const LogitRule& rule);
 
 }  // namespace longreach

@@ -14,15 +14,21 @@ template <class Body>
 void for_each_head(const LayerKv& kv, const std::vector<BudgetedRows>& batch, const LogitRule& rule,
                    Body body) {
   std::vector<int64_t> starts{0};
-  for (const auto& entry : batch) starts.push_back(starts.back() + entry.rows.rows * entry.rows.heads);
+  for (const auto& entry : batch)
+    starts.push_back(starts.back() + entry.rows.rows * entry.rows.heads);
   shared_pool()->run(static_cast<int>(starts.back()), [&](int i) {
     const auto after = std::upper_bound(starts.begin(), starts.end(), static_cast<int64_t>(i));
     const size_t number = static_cast<size_t>(after - starts.begin()) - 1;
     const BudgetedRows& entry = batch[number];
     // Heads outermost: neighbouring tasks share K, V and codes.
     const int64_t within = i - starts[number];
-    const HeadTask task{&kv, &entry, rule, within % entry.rows.rows,
-                        static_cast<int>(within / entry.rows.rows), 0, entry.rows.group};
+    const HeadTask task{&kv,
+                        &entry,
+                        rule,
+                        within % entry.rows.rows,
+                        static_cast<int>(within / entry.rows.rows),
+                        0,
+                        entry.rows.group};
     task.figures() = {};
     body(task, number);
   });

@@ -1,8 +1,8 @@
 // The inner loops that exist once per instruction-set tier.
 //
 // tiers/scalar.cpp is the specification: plain loops, one per function. The other tiers are held to
-// it by tests. Queries come in tiles of kTile rows, or, for many rows at a time, in panels of kPanel
-// rows; unused rows are zero.
+// it by tests. Queries come in tiles of kTile rows, or, for many rows at a time, in panels of
+// kPanel rows; unused rows are zero.
 #pragma once
 
 #include <cstdint>
@@ -18,16 +18,16 @@ constexpr int kDimPadding = 32;  // queries of a tile are zero-padded to a multi
 inline int padded_dim(int dim) { return (dim + kDimPadding - 1) / kDimPadding * kDimPadding; }
 
 // kTile queries, each of `stride` = padded_dim elements: as float32, and as the sum of two bfloat16
-// (high + low), which loses nothing when the queries were bfloat16 (`low_is_zero`) and keeps 16 bits
-// of mantissa otherwise.
+// (high + low), which loses nothing when the queries were bfloat16 (`low_is_zero`) and keeps 16
+// bits of mantissa otherwise.
 struct QueryTile {
   const float* wide;
   const uint16_t* high;
   const uint16_t* low;
   bool low_is_zero;
   int stride;
-  // The same in the order that a matrix unit reads, [stride / 2][kTile]: two elements of query 0, the
-  // same two of query 1, and so on. Null in tiles that are only used for gathered rows.
+  // The same in the order that a matrix unit reads, [stride / 2][kTile]: two elements of query 0,
+  // the same two of query 1, and so on. Null in tiles that are only used for gathered rows.
   const uint32_t* high_pairs = nullptr;
   const uint32_t* low_pairs = nullptr;
 };
@@ -37,8 +37,9 @@ struct RowChoice {
   const int32_t* ids;
   int64_t first;
   int64_t count;
-  // Rows to be read right after, which `accumulate` brings to the cache meanwhile: arithmetic on the
-  // values then overlaps with waiting for the next keys. Row i + upcoming_first with row i; may be null.
+  // Rows to be read right after, which `accumulate` brings to the cache meanwhile: arithmetic on
+  // the values then overlaps with waiting for the next keys. Row i + upcoming_first with row i; may
+  // be null.
   const Rows* upcoming = nullptr;
   int64_t upcoming_first = 0;
 };
@@ -50,10 +51,10 @@ struct LogitRule {
 
 // ---- codes of the sketch ----
 
-constexpr int kCodeKeys = 16;      // keys of a code block
-constexpr int kSummaryKeys = 64;   // keys of a value summary: four code blocks
-constexpr int kCodeHeads = 8;      // most query heads scanned at once
-constexpr int kMostQuads = 64;     // most groups of four dimensions in a code
+constexpr int kCodeKeys = 16;     // keys of a code block
+constexpr int kSummaryKeys = 64;  // keys of a value summary: four code blocks
+constexpr int kCodeHeads = 8;     // most query heads scanned at once
+constexpr int kMostQuads = 64;    // most groups of four dimensions in a code
 
 // A code has 4 * eight dimensions of 8 bits, then 8 * four of 4 bits. Blocks of kCodeKeys keys are
 // transposed: `eight` lines of 64 bytes with four dimensions of each key, then `four` lines whose
@@ -76,7 +77,8 @@ struct CodeQueries {
   int32_t weights[kCodeHeads][kMostQuads];
 };
 
-// Codes with a score above its head's threshold, for any head: ids, and scores[head * capacity + i].
+// Codes with a score above its head's threshold, for any head: ids, and scores[head * capacity +
+// i].
 struct CodeHits {
   int32_t* ids;
   int32_t* scores;
@@ -84,7 +86,8 @@ struct CodeHits {
   int64_t count;
 };
 
-// Where the keys that are no hits leave exp(logit - reference) per summary: sums[summary * kCodeHeads
+// Where the keys that are no hits leave exp(logit - reference) per summary: sums[summary *
+// kCodeHeads
 // + head], logit being score * slope + offset, then softcapped if softcap > 0.
 struct CodeTail {
   float* sums;

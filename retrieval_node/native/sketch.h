@@ -1,8 +1,9 @@
 // The query-whitened sketch of a KV head: short codes of all keys, scanned to find the few whose
 // rows are read in full, and a mean value per 64 keys for the rest.
 //
-// Keys are centred and turned into a basis in which sampled queries have unit second moment and keys
-// are uncorrelated, strongest first. A code holds the leading dimensions, some in 8 bits and some in
+// Keys are centred and turned into a basis in which sampled queries have unit second moment and
+// keys are uncorrelated, strongest first. A code holds the leading dimensions, some in 8 bits and
+// some in
 // 4. What the code leaves out has known variance, so its effect on exp(logit) is known on average.
 #pragma once
 
@@ -26,8 +27,8 @@ struct SketchHead {
   const float* variance;   // [head_dim] of whitened keys
 };
 
-// Encodes keys [0, count): code[i] = floor(weights[i] . key + bias[i]), clipped to its bits. weights
-// [dims, head_dim], bias [dims]. Returns the first key that is not finite, or -1.
+// Encodes keys [0, count): code[i] = floor(weights[i] . key + bias[i]), clipped to its bits.
+// weights [dims, head_dim], bias [dims]. Returns the first key that is not finite, or -1.
 int64_t encode_sketch(const Rows& keys, int64_t count, const CodeFormat& format,
                       const float* weights, const float* bias, uint8_t* codes);
 

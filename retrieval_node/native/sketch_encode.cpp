@@ -16,7 +16,8 @@ void pack_panels(const float* weights, int dims, int dim, float* panels) {
   std::fill_n(panels, static_cast<size_t>((dims + kPanel - 1) / kPanel) * dim * kPanel, 0.0f);
   for (int i = 0; i < dims; ++i)
     for (int c = 0; c < dim; ++c)
-      panels[(static_cast<size_t>(i / kPanel) * dim + c) * kPanel + i % kPanel] = weights[i * dim + c];
+      panels[(static_cast<size_t>(i / kPanel) * dim + c) * kPanel + i % kPanel] =
+          weights[i * dim + c];
 }
 
 uint8_t clipped(float value, float highest) {

@@ -26,7 +26,8 @@ void quantise(const SketchHead& sketch, int dim, const float* whitened, int stri
   const int dims = std::min(format.dims(), dim);
   float largest = 0;
   for (int i = 0; i < dims; ++i)
-    largest = std::max(largest, std::fabs(whitened[i * stride] * sketch.step[i]) / score_unit(format, i));
+    largest =
+        std::max(largest, std::fabs(whitened[i * stride] * sketch.step[i]) / score_unit(format, i));
   const float units = largest > 0 ? 127.0f / largest : 1.0f;
   float offset = whitened[dim * stride], residual = 0, spread = 0;
   for (int i = 0; i < dim; ++i) {

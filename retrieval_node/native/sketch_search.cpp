@@ -9,14 +9,15 @@ namespace {
 
 // Scopes up to this long are read whole: scanning codes and sampling them would cost as much.
 constexpr int64_t kReadWhole = 4096;
-// Candidates per wanted key. The code's order is not the exact one: the more of the logits' variance
-// it leaves out, the further down the best keys may stand. Measured to keep recall@100 above .95 on
-// heads whose codes leave out .4% to 20%.
+// Candidates per wanted key. The code's order is not the exact one: the more of the logits'
+// variance it leaves out, the further down the best keys may stand. Measured to keep recall@100
+// above .95 on heads whose codes leave out .4% to 20%.
 constexpr double kLeastOversampling = 1.25;
 constexpr double kMostOversampling = 12.0;
 constexpr double kOversamplingPerShare = 55.0;
 constexpr double kFewestCandidates = 64;
-// A tail estimate is as good as what it need not estimate: at least this share of the scope is read.
+// A tail estimate is as good as what it need not estimate: at least this share of the scope is
+// read.
 constexpr double kTailShare = 0.01;
 // Code blocks sampled to set the bars, and sampled keys that should lie above a bar.
 constexpr int64_t kSampleBlocks = 256;
@@ -44,7 +45,8 @@ int32_t as_score(float value) {
   return static_cast<int32_t>(std::min(std::max(value, -kLimit), kLimit));
 }
 
-// The mass to look for: a little more than wanted, as the sketch does not find exactly the best keys.
+// The mass to look for: a little more than wanted, as the sketch does not find exactly the best
+// keys.
 double cautious_mass(double mass, double widening) { return 1.0 - (1.0 - mass) * 0.8 / widening; }
 
 }  // namespace
@@ -68,7 +70,8 @@ void SketchSearch::run(const KernelTable& k, const SketchHead& sketch, const Hea
     scan(k, sketch, task);
     if (!enough(k, task)) continue;
     trim(k, task);
-    const bool too_many = static_cast<double>(hits_.count) > kGatherShare * static_cast<double>(length);
+    const bool too_many =
+        static_cast<double>(hits_.count) > kGatherShare * static_cast<double>(length);
     if (too_many && may_use_all(budget)) break;
     return add_edges(task);
   }
@@ -97,13 +100,13 @@ double SketchSearch::set_wanted(const HeadTask& task) {
   return fewest;
 }
 
-// ---- bars from a sample ----------------------------------------------------------------------------
+// ---- bars from a sample
+// ----------------------------------------------------------------------------
 
 void SketchSearch::sample(const KernelTable& k, const SketchHead& sketch, double wanted) {
   const int64_t per_summary = kSummaryKeys / kCodeKeys;
   const int64_t blocks = (stop_ - first_) * per_summary;
-  const auto for_bar =
-      static_cast<int64_t>(kSampledAbove * static_cast<double>(blocks) / wanted);
+  const auto for_bar = static_cast<int64_t>(kSampledAbove * static_cast<double>(blocks) / wanted);
   const int64_t count = std::min(blocks, std::max(kSampleBlocks, for_bar));
   const int64_t step = blocks / count;
   sampled_ = count * kCodeKeys;
@@ -154,7 +157,8 @@ int32_t SketchSearch::bar_for_weight(const KernelTable& k, const int32_t* scores
   const float* weights = column_.reserve(0);
   const float bar = fewest_for_sum(k, weights, count, needed).bar;
   int32_t lowest = std::numeric_limits<int32_t>::max();
-  for (int64_t i = 0; i < count; ++i) lowest = weights[i] > bar ? std::min(lowest, scores[i]) : lowest;
+  for (int64_t i = 0; i < count; ++i)
+    lowest = weights[i] > bar ? std::min(lowest, scores[i]) : lowest;
   return lowest - 1;
 }
 
@@ -170,7 +174,8 @@ void SketchSearch::set_bars(const KernelTable& k, const HeadTask& task, double w
     } else if (budget.rule == BudgetRule::kMass) {
       int32_t bar = bar_for_mass(k, head, cautious_mass(budget.mass, widening));
       if (budget.ceiling > 0)
-        bar = std::max(bar, bar_for_count(k, head, oversampling_[head] * static_cast<double>(budget.ceiling)));
+        bar = std::max(
+            bar, bar_for_count(k, head, oversampling_[head] * static_cast<double>(budget.ceiling)));
       bars_[head] = std::min(bar, bars_[head]);
     }
   }
@@ -203,14 +208,16 @@ void SketchSearch::raise_to_floor(const HeadTask& task) {
       budget.rule == BudgetRule::kMass)
     return;
   for (int head = 0; head < task.group; ++head) {
-    const float lowest = task.lowest_logit(head) - kErrorMargin * std::sqrt(queries_.residual[head]);
+    const float lowest =
+        task.lowest_logit(head) - kErrorMargin * std::sqrt(queries_.residual[head]);
     const int32_t bar = as_score((lowest - queries_.offset[head]) / queries_.slope[head]);
     floored_[head] = bar > bars_[head];
     bars_[head] = std::max(bar, bars_[head]);
   }
 }
 
-// ---- the scan --------------------------------------------------------------------------------------
+// ---- the scan
+// --------------------------------------------------------------------------------------
 
 void SketchSearch::scan(const KernelTable& k, const SketchHead& sketch, const HeadTask& task) {
   const Budget& budget = task.entry->budget;
@@ -232,7 +239,8 @@ void SketchSearch::scan(const KernelTable& k, const SketchHead& sketch, const He
   int64_t chunks = 0;
   for (int64_t at = first_; at < stop_; at += kChunk) {
     const int64_t before = hits_.count, next = std::min(stop_, at + kChunk);
-    k.code_scan(sketch.codes, queries_.codes, at, next, bars_, hits_, tail_sums_ ? &tail_ : nullptr);
+    k.code_scan(sketch.codes, queries_.codes, at, next, bars_, hits_,
+                tail_sums_ ? &tail_ : nullptr);
     ++chunks;
     if (budget.rule == BudgetRule::kBeta) raise_beta_bars(task, before);
     const bool doubled = (chunks & (chunks - 1)) == 0;
@@ -258,8 +266,8 @@ void SketchSearch::raise_mass_bars(const KernelTable& k, const HeadTask& task, i
   for (int head = 0; head < task.group; ++head) {
     const int32_t* scores = hits_.scores + head * hits_.capacity;
     const Weights weights = weigh(k, head, scores, hits_.count);
-    const double needed =
-        cautious_mass(task.entry->budget.mass, caution) * (weights.sum + tail_total(head, weights.top, stop));
+    const double needed = cautious_mass(task.entry->budget.mass, caution) *
+                          (weights.sum + tail_total(head, weights.top, stop));
     if (needed > weights.sum) continue;
     const int32_t bar = bar_for_weight(k, scores, hits_.count, needed);
     bars_[head] = std::max(bars_[head], std::min(bar, count_bars_[head]));
@@ -271,9 +279,10 @@ float SketchSearch::logit_of(int head, int32_t score) const {
   return tail_.softcap > 0 ? tail_.softcap * std::tanh(logit / tail_.softcap) : logit;
 }
 
-// With f the softcap and e an error of variance r, E[exp(f(z + e))] is about exp(f(z) + r / 2 * (f'^2
-// + f'')). Keys near the bar weigh most, so both derivatives are taken there; without a softcap they
-// are 1 and 0.
+// With f the softcap and e an error of variance r, E[exp(f(z + e))] is about exp(f(z) + r / 2 *
+// (f'^2
+// + f'')). Keys near the bar weigh most, so both derivatives are taken there; without a softcap
+// they are 1 and 0.
 float SketchSearch::correction_of(int head) const {
   float first = 1, second = 0;
   if (tail_.softcap > 0) {
@@ -314,7 +323,8 @@ bool SketchSearch::enough(const KernelTable& k, const HeadTask& task) {
   return true;
 }
 
-// ---- after the scan --------------------------------------------------------------------------------
+// ---- after the scan
+// --------------------------------------------------------------------------------
 
 void SketchSearch::trim(const KernelTable& k, const HeadTask& task) {
   const Budget& budget = task.entry->budget;

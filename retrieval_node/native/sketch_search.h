@@ -77,7 +77,7 @@ class SketchSearch {
   CodeHits hits_{};
   int64_t sampled_ = 0;
   double oversampling_[kCodeHeads] = {};
-  double wanted_[kCodeHeads] = {};  // candidates a head should have
+  double wanted_[kCodeHeads] = {};       // candidates a head should have
   int32_t bars_[kCodeHeads] = {};        // scores above it make candidates
   int32_t count_bars_[kCodeHeads] = {};  // the bar for the candidates wanted
   bool floored_[kCodeHeads] = {};

@@ -138,7 +138,8 @@ std::shared_ptr<ThreadPool> shared_pool() {
 
 void set_threads(int threads, bool pin) {
   if (threads < 1)
-    throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must be at least 1");
+    throw std::invalid_argument("threads is " + std::to_string(threads) +
+                                "; it must be at least 1");
   auto fresh = std::make_shared<ThreadPool>(threads, pin);
   SharedPool& shared = holder();
   std::lock_guard<std::mutex> lock(shared.mutex);

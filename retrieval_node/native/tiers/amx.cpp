@@ -1,7 +1,7 @@
 // The AMX tier: AVX-512, with scores of consecutive bfloat16 keys by the matrix unit.
 //
-// A tile of 16 keys x 32 elements, straight from memory, times a tile of 32 elements x 4 queries adds
-// to 16 x 4 scores, which are stored as they are wanted: [key][query].
+// A tile of 16 keys x 32 elements, straight from memory, times a tile of 32 elements x 4 queries
+// adds to 16 x 4 scores, which are stored as they are wanted: [key][query].
 #include <immintrin.h>
 
 #include "tiers/avx512_score.h"
@@ -18,8 +18,8 @@ constexpr int kTileKeys = 16;
 constexpr int kTileElements = 32;
 constexpr int kQueryTileBytes = kTile * static_cast<int>(sizeof(uint32_t));
 
-// Tile registers, by their numbers as the compiler's macros want them: two of scores, two of keys, one
-// of queries.
+// Tile registers, by their numbers as the compiler's macros want them: two of scores, two of keys,
+// one of queries.
 #define SCORES_0 0
 #define SCORES_1 1
 #define KEYS_0 2
@@ -57,7 +57,8 @@ inline void add_products(const Bfloat16* keys, int64_t stride, int dim, const ui
 
 void score(const Rows& keys, const RowChoice& choice, const QueryTile& queries, float* scores) {
   const bool fits = keys.type == Storage::kBfloat16 && keys.dim % kTileElements == 0;
-  if (!fits || choice.ids != nullptr || queries.high_pairs == nullptr) return avx512::score(keys, choice, queries, scores);
+  if (!fits || choice.ids != nullptr || queries.high_pairs == nullptr)
+    return avx512::score(keys, choice, queries, scores);
   int64_t i = 0;
   _tile_loadconfig(&kConfig);
   for (; i + 2 * kTileKeys <= choice.count; i += 2 * kTileKeys) {

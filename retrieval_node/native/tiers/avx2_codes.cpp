@@ -44,7 +44,8 @@ struct Accumulator {
 
 // Scores of eight keys of a block: keys [0, 8) for half 0, [8, 16) for half 1.
 template <int Heads>
-inline void score_half(const uint8_t* block, const CodeQueries& queries, int half, __m256i* scores) {
+inline void score_half(const uint8_t* block, const CodeQueries& queries, int half,
+                       __m256i* scores) {
   const __m256i nibble = _mm256_set1_epi8(15);
   const CodeFormat format = queries.format;
   const auto line_at = [&](int line) {
@@ -104,8 +105,8 @@ void scan(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64
       score_half<Heads>(block, queries, part % 2, scores);
       __m256i above = _mm256_setzero_si256();
       for (int h = 0; h < Heads; ++h)
-        above = _mm256_or_si256(above,
-                                _mm256_cmpgt_epi32(scores[h], _mm256_set1_epi32(thresholds[h])));
+        above =
+            _mm256_or_si256(above, _mm256_cmpgt_epi32(scores[h], _mm256_set1_epi32(thresholds[h])));
       if (Tail)
         for (int h = 0; h < Heads; ++h)
           sums[h] = _mm256_add_ps(sums[h], _mm256_andnot_ps(_mm256_castsi256_ps(above),

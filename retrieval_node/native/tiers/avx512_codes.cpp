@@ -31,7 +31,8 @@ inline void score_block(const uint8_t* block, const CodeQueries& queries, __m512
   for (int line = 0; line < format.eight; ++line) {
     const __m512i bytes = _mm512_loadu_si512(block + line * 64);
     for (int h = 0; h < Heads; ++h)
-      scores[h] = _mm512_dpbusd_epi32(scores[h], bytes, _mm512_set1_epi32(queries.weights[h][line]));
+      scores[h] =
+          _mm512_dpbusd_epi32(scores[h], bytes, _mm512_set1_epi32(queries.weights[h][line]));
   }
 }
 
@@ -55,14 +56,15 @@ void scan(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64
           const int32_t* thresholds, CodeHits& hits, const CodeTail* tail) {
   const int64_t block_bytes = queries.format.block_bytes();
   const uint8_t* block = codes + first * (kSummaryKeys / kCodeKeys) * block_bytes;
-  __m512i ids = _mm512_add_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-      _mm512_set1_epi32(static_cast<int32_t>(first * kSummaryKeys)));
+  __m512i ids =
+      _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                       _mm512_set1_epi32(static_cast<int32_t>(first * kSummaryKeys)));
   for (int64_t summary = first; summary < stop; ++summary) {
     __m512 sums[Heads];
     for (int h = 0; h < Heads; ++h) sums[h] = _mm512_setzero_ps();
     for (int part = 0; part < kSummaryKeys / kCodeKeys; ++part, block += block_bytes) {
-      for (int64_t at = 0; at < block_bytes; at += 64) __builtin_prefetch(block + kPrefetchBytes + at);
+      for (int64_t at = 0; at < block_bytes; at += 64)
+        __builtin_prefetch(block + kPrefetchBytes + at);
       __m512i scores[Heads];
       score_block<Heads>(block, queries, scores);
       __mmask16 hit = 0;
@@ -87,10 +89,12 @@ void scores_of(const uint8_t* codes, const CodeQueries& queries, int64_t first, 
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* block = codes + (first + i * step) * queries.format.block_bytes();
     const uint8_t* later = block + 8 * step * queries.format.block_bytes();
-    for (int64_t at = 0; at < queries.format.block_bytes(); at += 64) __builtin_prefetch(later + at);
+    for (int64_t at = 0; at < queries.format.block_bytes(); at += 64)
+      __builtin_prefetch(later + at);
     __m512i scores[Heads];
     score_block<Heads>(block, queries, scores);
-    for (int h = 0; h < Heads; ++h) _mm512_storeu_si512(out + (h * count + i) * kCodeKeys, scores[h]);
+    for (int h = 0; h < Heads; ++h)
+      _mm512_storeu_si512(out + (h * count + i) * kCodeKeys, scores[h]);
   }
 }
 

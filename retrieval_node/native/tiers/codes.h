@@ -5,12 +5,12 @@
 
 namespace longreach {
 
-#define LONGREACH_DECLARE_CODE_KERNELS(tier)                                                       \
-  namespace tier {                                                                                 \
-  void code_scores(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t step,  \
-                   int64_t count, int32_t* out);                                                   \
-  void code_scan(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t stop,    \
-                 const int32_t* thresholds, CodeHits& hits, const CodeTail* tail);                 \
+#define LONGREACH_DECLARE_CODE_KERNELS(tier)                                                      \
+  namespace tier {                                                                                \
+  void code_scores(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t step, \
+                   int64_t count, int32_t* out);                                                  \
+  void code_scan(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t stop,   \
+                 const int32_t* thresholds, CodeHits& hits, const CodeTail* tail);                \
   }
 
 LONGREACH_DECLARE_CODE_KERNELS(scalar)

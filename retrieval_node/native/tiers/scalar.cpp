@@ -15,9 +15,12 @@ int64_t row_index(const RowChoice& choice, int64_t i) {
 template <class Body>
 void with_element(Storage type, Body body) {
   switch (type) {
-    case Storage::kFloat32: return body(float{});
-    case Storage::kFloat16: return body(Half{});
-    case Storage::kBfloat16: return body(Bfloat16{});
+    case Storage::kFloat32:
+      return body(float{});
+    case Storage::kFloat16:
+      return body(Half{});
+    case Storage::kBfloat16:
+      return body(Bfloat16{});
   }
 }
 
@@ -27,7 +30,8 @@ void score(const Rows& keys, const RowChoice& choice, const QueryTile& queries, 
       const auto* key = keys.row<decltype(element)>(row_index(choice, i));
       for (int r = 0; r < kTile; ++r) {
         float sum = 0;
-        for (int c = 0; c < keys.dim; ++c) sum += queries.wide[r * queries.stride + c] * to_float(key[c]);
+        for (int c = 0; c < keys.dim; ++c)
+          sum += queries.wide[r * queries.stride + c] * to_float(key[c]);
         scores[i * kTile + r] = sum;
       }
     }

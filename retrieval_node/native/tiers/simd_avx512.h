@@ -25,7 +25,9 @@ struct Simd {
   // The second operand wins if either is NaN.
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
-  static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F round(F x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   // x * 2^n for whole n.
   static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
   // x where it is above y, else 0.

@@ -22,7 +22,8 @@ inline int64_t row_index(const RowChoice& choice, int64_t i) {
 template <class S, class T>
 inline void prefetch_row(const Rows& rows, int64_t index) {
   const char* p = reinterpret_cast<const char*>(rows.row<T>(index));
-  for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64) __builtin_prefetch(p + at);
+  for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64)
+    __builtin_prefetch(p + at);
 }
 
 // Prefetches the row that will be read a little after row i.
@@ -40,7 +41,8 @@ inline void prefetch_upcoming(const RowChoice& choice, int64_t i) {
   if (!choice.upcoming) return;
   const Rows& rows = *choice.upcoming;
   const char* p = reinterpret_cast<const char*>(rows.row<T>(choice.upcoming_first + i));
-  for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64) __builtin_prefetch(p + at, 0, 2);
+  for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64)
+    __builtin_prefetch(p + at, 0, 2);
 }
 
 template <class S, class T>
@@ -71,7 +73,8 @@ inline void score_key(const T* key, int dim, const QueryTile& queries, float* sc
 }
 
 template <class S, class T>
-void score_typed(const Rows& keys, const RowChoice& choice, const QueryTile& queries, float* scores) {
+void score_typed(const Rows& keys, const RowChoice& choice, const QueryTile& queries,
+                 float* scores) {
   prefetch_first<S, T>(keys, choice);
   for (int64_t i = 0; i < choice.count; ++i) {
     prefetch_ahead<S, T>(keys, choice, i);
@@ -82,9 +85,12 @@ void score_typed(const Rows& keys, const RowChoice& choice, const QueryTile& que
 template <class S>
 void score(const Rows& keys, const RowChoice& choice, const QueryTile& queries, float* scores) {
   switch (keys.type) {
-    case Storage::kFloat32: return score_typed<S, float>(keys, choice, queries, scores);
-    case Storage::kFloat16: return score_typed<S, Half>(keys, choice, queries, scores);
-    case Storage::kBfloat16: return score_typed<S, Bfloat16>(keys, choice, queries, scores);
+    case Storage::kFloat32:
+      return score_typed<S, float>(keys, choice, queries, scores);
+    case Storage::kFloat16:
+      return score_typed<S, Half>(keys, choice, queries, scores);
+    case Storage::kBfloat16:
+      return score_typed<S, Bfloat16>(keys, choice, queries, scores);
   }
 }
 
@@ -173,7 +179,8 @@ inline void fold_lanes(const typename S::F* vectors, int count, int lanes, float
 }
 
 template <class S, int Lanes>
-void softmax_step_lanes(float* logits, int64_t count, float* highest, float* total, float* rescale) {
+void softmax_step_lanes(float* logits, int64_t count, float* highest, float* total,
+                        float* rescale) {
   using F = typename S::F;
   constexpr int kVectors = Lanes > S::kWidth ? Lanes / S::kWidth : 1;
   constexpr int kStep = kVectors * S::kWidth;
@@ -276,8 +283,10 @@ void accumulate_typed(const Rows& values, const RowChoice& choice, const float* 
     float* sums = acc + r * values.dim;
     const auto first = [&](int column) { return r == 0 && column == 0; };
     int column = 0;
-    for (; column + S::kValueVectors * S::kWidth <= values.dim; column += S::kValueVectors * S::kWidth)
-      accumulate_columns<S, T, S::kValueVectors>(values, choice, w, lanes, column, first(column), sums);
+    for (; column + S::kValueVectors * S::kWidth <= values.dim;
+         column += S::kValueVectors * S::kWidth)
+      accumulate_columns<S, T, S::kValueVectors>(values, choice, w, lanes, column, first(column),
+                                                 sums);
     for (; column + S::kWidth <= values.dim; column += S::kWidth)
       accumulate_columns<S, T, 1>(values, choice, w, lanes, column, first(column), sums);
     if (column < values.dim) accumulate_rest<S, T>(values, choice, w, lanes, column, sums);
@@ -288,8 +297,10 @@ template <class S>
 void accumulate(const Rows& values, const RowChoice& choice, const float* weights, int lanes,
                 float* acc) {
   switch (values.type) {
-    case Storage::kFloat32: return accumulate_typed<S, float>(values, choice, weights, lanes, acc);
-    case Storage::kFloat16: return accumulate_typed<S, Half>(values, choice, weights, lanes, acc);
+    case Storage::kFloat32:
+      return accumulate_typed<S, float>(values, choice, weights, lanes, acc);
+    case Storage::kFloat16:
+      return accumulate_typed<S, Half>(values, choice, weights, lanes, acc);
     case Storage::kBfloat16:
       return accumulate_typed<S, Bfloat16>(values, choice, weights, lanes, acc);
   }
@@ -311,9 +322,12 @@ void widen_typed(const Rows& rows, int64_t first, int64_t count, float* out) {
 template <class S>
 void widen(const Rows& rows, int64_t first, int64_t count, float* out) {
   switch (rows.type) {
-    case Storage::kFloat32: return widen_typed<S, float>(rows, first, count, out);
-    case Storage::kFloat16: return widen_typed<S, Half>(rows, first, count, out);
-    case Storage::kBfloat16: return widen_typed<S, Bfloat16>(rows, first, count, out);
+    case Storage::kFloat32:
+      return widen_typed<S, float>(rows, first, count, out);
+    case Storage::kFloat16:
+      return widen_typed<S, Half>(rows, first, count, out);
+    case Storage::kBfloat16:
+      return widen_typed<S, Bfloat16>(rows, first, count, out);
   }
 }
 
@@ -380,14 +394,22 @@ struct Heads {
 template <class Body>
 inline void with_heads(int heads, Body body) {
   switch (heads) {
-    case 1: return body(Heads<1>{});
-    case 2: return body(Heads<2>{});
-    case 3: return body(Heads<3>{});
-    case 4: return body(Heads<4>{});
-    case 5: return body(Heads<5>{});
-    case 6: return body(Heads<6>{});
-    case 7: return body(Heads<7>{});
-    case 8: return body(Heads<8>{});
+    case 1:
+      return body(Heads<1>{});
+    case 2:
+      return body(Heads<2>{});
+    case 3:
+      return body(Heads<3>{});
+    case 4:
+      return body(Heads<4>{});
+    case 5:
+      return body(Heads<5>{});
+    case 6:
+      return body(Heads<6>{});
+    case 7:
+      return body(Heads<7>{});
+    case 8:
+      return body(Heads<8>{});
   }
 }
 
