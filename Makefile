@@ -18,7 +18,7 @@ run: install ## Start a local cluster, store a long document, answer questions o
 
 .PHONY: test
 test: install ## Run the tests (PYTEST_FLAGS=... are passed on).
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
 
 .PHONY: lint
 lint: install ## Style, types, protocol lint, breaking changes and stub drift.
@@ -64,6 +64,8 @@ proto-check: install ## Fail when the committed stubs differ from proto/.
 	rm -rf build/stubs && mkdir -p build/stubs
 	$(call GENERATE,build/stubs)
 	diff -r -x __init__.py -x __pycache__ build/stubs/$(STUBS) $(STUBS)
+
+-include retrieval_node/native/sanitize.mk
 
 .PHONY: bench
 bench: install ## Run every benchmark in full and write docs/benchmarks/*.json with plots.

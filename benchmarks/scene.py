@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,10 +62,11 @@ class Scene:
         self.queries = np.ascontiguousarray(decode)[:, None]
         self.steps = len(self.queries)
 
-    @property
+    @cached_property
     def label(self) -> str:
-        """Name and size, for file names."""
-        return f"{self.name}-{self.keys}"
+        """Name, size and a checksum of the keys: cached indexes are of these keys and no others."""
+        checksum = zlib.crc32(self.work.keys.view(np.uint8).data)
+        return f"{self.name}-{self.keys}-{checksum:08x}"
 
     @cached_property
     def centred(self) -> FloatArray:
