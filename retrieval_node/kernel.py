@@ -4,8 +4,8 @@ A thin face of the compiled module `retrieval_node._native`: it allocates output
 types into flat arguments. Calls release the GIL and run on the module's thread pool. There is no
 fallback: without the module this file does not import, and the error says how to build it.
 
-The instruction-set tier ("scalar", "avx2", "avx512", "amx") is the best one the CPU has; the environment
-variable LONGREACH_ISA forces one.
+The instruction-set tier ("scalar", "avx2", "avx512" or "amx") is the best one the CPU has; the
+environment variable LONGREACH_ISA forces one.
 """
 
 from __future__ import annotations

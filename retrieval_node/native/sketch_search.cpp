@@ -24,8 +24,11 @@ constexpr int64_t kSampleBlocks = 256;
 constexpr double kSampledAbove = 16;
 // Summaries scanned between two looks at the bars.
 constexpr int64_t kChunk = 128;
-// Standard deviations of the sketch's error allowed for where a rule is about logits.
-constexpr float kErrorMargin = 3.0f;
+// Standard deviations of the sketch's error allowed for where a rule is about logits. A key lost at
+// the far end of a range weighs exp(-beta) of the best; keys above a logit floor are few and
+// matter.
+constexpr float kBetaMargin = 1.5f;
+constexpr float kFloorMargin = 3.0f;
 // Gathered rows arrive at about a fifth of the rate of rows in order, so beyond this share of the
 // scope it is quicker to read all of it, where the budget allows that.
 constexpr double kGatherShare = 0.2;
@@ -68,11 +71,11 @@ void SketchSearch::run(const KernelTable& k, const SketchHead& sketch, const Hea
   for (double widening = 1; 2 * wanted * widening < length; widening *= kWidening) {
     set_bars(k, task, widening);
     scan(k, sketch, task);
-    if (!enough(k, task)) continue;
-    trim(k, task);
-    const bool too_many =
-        static_cast<double>(hits_.count) > kGatherShare * static_cast<double>(length);
-    if (too_many && may_use_all(budget)) break;
+    const bool found = enough(k, task);
+    if (found) trim(k, task);
+    const double most = kGatherShare * static_cast<double>(length);
+    if (static_cast<double>(hits_.count) > most && may_use_all(budget)) break;
+    if (!found) continue;
     return add_edges(task);
   }
   take_everything(task);
@@ -196,7 +199,7 @@ int32_t SketchSearch::bar_for_mass(const KernelTable& k, int head, double mass) 
 }
 
 int32_t SketchSearch::bar_for_beta(int head, float beta, int32_t highest) const {
-  const float below = beta + kErrorMargin * std::sqrt(queries_.residual[head]);
+  const float below = beta + kBetaMargin * std::sqrt(queries_.residual[head]);
   return as_score(static_cast<float>(highest) - below / queries_.slope[head]);
 }
 
@@ -209,7 +212,7 @@ void SketchSearch::raise_to_floor(const HeadTask& task) {
     return;
   for (int head = 0; head < task.group; ++head) {
     const float lowest =
-        task.lowest_logit(head) - kErrorMargin * std::sqrt(queries_.residual[head]);
+        task.lowest_logit(head) - kFloorMargin * std::sqrt(queries_.residual[head]);
     const int32_t bar = as_score((lowest - queries_.offset[head]) / queries_.slope[head]);
     floored_[head] = bar > bars_[head];
     bars_[head] = std::max(bar, bars_[head]);

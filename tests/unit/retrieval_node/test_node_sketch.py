@@ -244,7 +244,7 @@ def test_the_beta_budget_keeps_keys_within_beta_of_the_best(long):
         assert logits[place][ids].min() >= logits[place].max() - 3.0 - 1e-3
         assert logits[place].argmax() in ids
         found, wanted = found + len(np.intersect1d(ids, within)), wanted + len(within)
-    assert found / wanted > 0.97
+    assert found / wanted > 0.9
 
 
 def test_no_key_below_the_logit_floor_is_kept(long):
