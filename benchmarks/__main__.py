@@ -55,7 +55,8 @@ def page(output: Path) -> str:
             f"## {name}",
             f"`python -m benchmarks.{name}{quick} --json PATH` at {report['commit']}, "
             f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average_1min']:.2f} "
-            f"at the end. Configuration: `{json.dumps(report['config'])}`",
+            f"at the end, {machine['cpu_steal_share']:.0%} of the CPU time stolen by the "
+            f"hypervisor. Configuration: `{json.dumps(report['config'])}`",
             "",
         ]
         lines += [f"![{name}]({name}.png)", ""] if (output / f"{name}.png").exists() else []

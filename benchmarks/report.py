@@ -59,6 +59,7 @@ class Report:
     results: list[dict[str, Any]] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    _ticks: tuple[int, int] = field(default_factory=lambda: cpu_ticks())
 
     def add(self, **row: Any) -> None:
         """One row of results; units last in the names."""
@@ -81,13 +82,21 @@ class Report:
         return {
             "benchmark": self.benchmark,
             "quick": self.quick,
-            "machine": machine(),
+            "machine": machine() | {"cpu_steal_share": self._steal_share()},
             "commit": commit(),
             "config": dict(self.config),
             "results": self.results,
             "targets": [dataclasses.asdict(target) for target in self.targets],
             "skipped": [dataclasses.asdict(skipped) for skipped in self.skipped],
         }
+
+    def _steal_share(self) -> float:
+        """Share of the CPU time since the start that a hypervisor gave to others.
+
+        Times taken under much of it say little about the code.
+        """
+        stolen, total = cpu_ticks()
+        return (stolen - self._ticks[0]) / max(1, total - self._ticks[1])
 
     def finish(self, path: Path | None) -> None:
         """Prints the tables and writes the JSON, when a path is given."""
@@ -171,6 +180,15 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def cpu_ticks() -> tuple[int, int]:
+    """(stolen, all) CPU ticks of the machine since it started; zeros where the kernel is silent."""
+    try:
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return ticks[7], sum(ticks)
 
 
 def _cpu_model() -> str:
