@@ -41,7 +41,8 @@ def page(output: Path) -> str:
         "# Benchmarks",
         "",
         "Written by `make bench` (`python -m benchmarks --output docs/benchmarks`); each section "
-        "by the command it names. Times are medians; a target that was missed says so.",
+        "by the command it names. Times are medians; a target that was missed says so. Where a "
+        "hypervisor took much of the CPU time, times are upper bounds and ratios hold better.",
     ]
     for name in BENCHMARKS:
         path = output / f"{name}.json"
