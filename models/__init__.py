@@ -15,5 +15,5 @@ A request for a model of this package is followed through these files, in order:
     evaluate.py            the accuracy table:     python -m models.evaluate --help
     demo/                  the trained model, its log, its table and its card
 
-Nothing of the serving system imports this package; it is read only through the files in demo/.
+The services never import this package. The quickstart alone takes its held-out prose from here.
 """

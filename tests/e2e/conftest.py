@@ -10,7 +10,8 @@ import pytest
 from longreach.local_cluster import LocalCluster
 from longreach.sdk import Client
 
-# Small enough that most of a short context is retrieved from the nodes.
+# Small enough that most of a short context is retrieved from the nodes, and that tokens leave the
+# window while decoding.
 WORKER_FLAGS = {"sink_tokens": 4, "window_tokens": 64, "prefill_chunk_tokens": 128}
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from longreach.local_cluster import LocalCluster
 from longreach.sdk import Client, Generation
+from tests.e2e.conftest import WORKER_FLAGS
 
 pytestmark = pytest.mark.cluster
 
@@ -22,9 +23,6 @@ FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3"]
 CONTEXT_TOKENS = 700
 NEW_TOKENS = 64
 TOP = 20
-# Small enough that most of the context is retrieved, and that tokens leave the window while
-# decoding.
-WORKER_FLAGS = {"sink_tokens": 4, "window_tokens": 64, "prefill_chunk_tokens": 128}
 
 
 def random_ids(count: int, vocab_size: int, seed: int) -> list[int]:

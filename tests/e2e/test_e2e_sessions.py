@@ -13,7 +13,8 @@ import pytest
 from longreach.errors import InvalidRequest, LongreachError, NotFound, Unavailable
 from longreach.local_cluster import LocalCluster
 from longreach.sdk import Client
-from tests.e2e.test_e2e_exactness import WORKER_FLAGS, random_ids
+from tests.e2e.conftest import WORKER_FLAGS
+from tests.e2e.test_e2e_exactness import random_ids
 
 pytestmark = pytest.mark.cluster
 VOCAB = 512
