@@ -5,8 +5,8 @@ ask for are cut into few, regular tokens:
 
 * digits in groups of up to three, each group one token (`7361942` -> `736 194 2`);
 * a uuid in pairs of hexadecimal digits, joined by dashes;
-* words in capitals in pairs of letters from their end (` QJXKE` -> ` Q JX KE`), except the fixed
-  words of the templates;
+* words in capitals in pairs of letters (` QJXKE` -> ` QJ XK E`), except the fixed words of the
+  templates: the first token of a variable's name tells it from 675 others;
 * the fixed words of the templates and some hundred adjectives and nouns: one token each.
 
 Any other text is spelt by ordinary BPE merges learnt from the training part of `prose.py` and of
@@ -25,7 +25,7 @@ from models.prose import prose_text, source_text
 from models.tasks import TEMPLATE_WORDS
 from models.words import word_list
 
-VOCAB_SIZE = 5120
+VOCAB_SIZE = 5760
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = (BOS, EOS, PAD)
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
@@ -49,16 +49,16 @@ def _uuid_pair_pattern() -> str:
 
 def _split_pattern() -> str:
     pinned = "|".join(_PINNED_CAPITALS)
-    pairs_to_end = "(?:[A-Z]{2})%s(?![A-Za-z])"
     capitals = "[A-Z]{2,}(?![A-Za-z])"
+    rest_in_capitals = "(?=[A-Z]*(?![A-Za-z]))"
     uuid_start = f"{_HEX}{{8}}-{_HEX}{{4}}-"
     return "|".join(
         (
             f" ?(?:{pinned})(?![A-Za-z])",
             _uuid_pair_pattern(),
             r"\p{N}{1,3}",
-            f" ?[A-Z](?={pairs_to_end % '+'})",
-            f"[A-Z]{{2}}(?={pairs_to_end % '*'})",
+            f"(?: |(?<![A-Za-z]))[A-Z]{{2}}{rest_in_capitals}",
+            f"(?<=[A-Z]{{2}})[A-Z]{{1,2}}{rest_in_capitals}",
             f" ?(?!{capitals}|{uuid_start})\\p{{L}}+",
             r" ?[^\s\p{L}\p{N}]+",
             r"\s+(?!\S)",
@@ -87,7 +87,7 @@ def _pinned_tokens() -> list[str]:
     capitals = ["".join(pair) for pair in product("ABCDEFGHIJKLMNOPQRSTUVWXYZ", repeat=2)]
     words = pinned_words() + list(_PINNED_CAPITALS)
     words += sorted(set(re.findall(r"[A-Za-z]+", TEMPLATE_WORDS)))
-    spaced = [f"Ġ{word}" for word in [*words, *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]]
+    spaced = [f"Ġ{word}" for word in words + capitals]
     return list(dict.fromkeys(digits + hexadecimal + capitals + words + spaced))
 
 
