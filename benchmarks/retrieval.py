@@ -54,9 +54,14 @@ SLOW_KINDS = ("hnsw", "roargraph")
 
 
 def interleave(methods: list[Method], steps: int) -> None:
-    """Times every method on every step, in turn."""
+    """Times every method on every step, in turn.
+
+    Each step begins with another method, so that none always follows the same one: what a wide
+    vector kernel does to the clock, or a library to the caches, lasts into the next call.
+    """
     for step in range(steps):
-        for method in methods:
+        first = step * len(methods) // steps
+        for method in methods[first:] + methods[:first]:
 
             def call(run: Callable[[int], object] = method.run, step: int = step) -> object:
                 return run(step)

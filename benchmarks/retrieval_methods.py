@@ -16,6 +16,7 @@ from longreach.errors import FailedPrecondition
 from longreach.types import BFLOAT16, Budget, PartialAttention, total_work
 from retrieval_node.graph_kernel import SearchWidth, build_graph
 from retrieval_node.index.base import Index
+from retrieval_node.index.persistence import read_index, write_index
 from retrieval_node.index.roargraph import RoarGraphIndex
 from retrieval_node.index.roargraph_build import (
     SHAPE,
@@ -183,10 +184,12 @@ def built_kind(kind: str, scene: Scene, cache: Path) -> Built:
     path = graph_path(scene, cache)
     times = path.with_suffix(".json")
     try:
-        return Built(RoarGraphIndex.load(path, scene.kv), **json.loads(times.read_text()))
+        kept = read_index(path, scene.kv, kind, {})
+        return Built(kept, **json.loads(times.read_text()))
     except (FailedPrecondition, OSError, ValueError):
         made = build_roargraph(scene)
-        made.index.save(path)
+        path.unlink(missing_ok=True)
+        write_index(path, made.index, scene.kv, kind, {})
         seconds = {"build_cpu_s": made.build_cpu_s, "graph_cpu_s": made.graph_cpu_s}
         times.write_text(json.dumps(seconds))
         return Built(made.index, **seconds)

@@ -27,7 +27,7 @@ WARM_UP_TOKENS = 5
 POLLING = "-event_engine_client,-event_engine_listener"
 # GRPC_EXPERIMENTS of each transport's processes; it is read when grpc is imported.
 TRANSPORTS = {"stream, polling": POLLING, "stream, event engine": "", "plain TCP": ""}
-STAGES = ("send", "queue", "search", "attend", "node_merge", "transport", "decode", "merge")
+STAGES = ("send", "queue", "search", "attend", "node_merge", "transport", "merge")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import ml_dtypes
 import numpy as np
+import torch
 
 from benchmarks.rpc_node import (
     HEAD_DIM,
@@ -25,82 +26,83 @@ from benchmarks.rpc_node import (
     REQUEST_BYTES,
     receive_exactly,
 )
-from longreach import wire
-from longreach.attention import merge
-from longreach.errors import LongreachError
-from longreach.rpc.retrieval import AttendStream
-from longreach.types import AttendResult, AttendRows, Budget, PartialAttention, Span
+from gpu_worker.attention import Partial, merge
+from gpu_worker.fanout import FanOut, NodeSession
+from gpu_worker.methods.base import SessionQueries
+from gpu_worker.routes import plan_route
+from longreach.attention import merge as merge_parts
+from longreach.types import Budget, LayerGeometry, Shard, ShardMap, Span
 
 LAYERS = 32
+CONTEXT_TOKENS = 65_536
 READ_TIMEOUT_S = 30.0
 Stages = dict[str, float]
 
 
 class StreamSteps:
-    """Every node is asked for every head of every layer; replies merge with the worker's part."""
+    """The worker's own fan-out; replies merge with the worker's part as in a step.
+
+    With n nodes each holds a span of the context, so every node is asked for every head.
+    """
 
     def __init__(self, addresses: Sequence[str]) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._streams = [AttendStream(address) for address in addresses]
-        self._last_id = 0
+        layers = [
+            LayerGeometry(layer, Q_HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM) for layer in range(LAYERS)
+        ]
+        self._fanout = FanOut(layers, asyncio.new_event_loop())
+        for nodes in range(1, len(addresses) + 1):
+            self._fanout.attach(str(nodes), _session(addresses[:nodes], layers))
         rng = np.random.default_rng(0)
-        queries = rng.standard_normal((1, Q_HEADS, HEAD_DIM)).astype(ml_dtypes.bfloat16)
-        self._rows = AttendRows(1, 0, KV_HEADS, Span(128, 65536), Budget(top_k=100), queries)
-        output = rng.standard_normal(queries.shape).astype(np.float32)
-        self._resident = PartialAttention(output, np.zeros((1, Q_HEADS), np.float32))
+        self._queries = rng.standard_normal((1, Q_HEADS, HEAD_DIM)).astype(ml_dtypes.bfloat16)
+        self._resident = Partial(torch.randn(1, Q_HEADS, HEAD_DIM), torch.zeros(1, Q_HEADS))
 
     def token(self, nodes: int) -> Stages:
         """The stages of one token over the first `nodes` nodes, microseconds."""
         sums: Stages = {}
         for layer in range(LAYERS):
-            for name, seconds in self._layer(layer, self._streams[:nodes]).items():
+            for name, seconds in self._layer(layer, nodes).items():
                 sums[name] = sums.get(name, 0.0) + seconds * 1e6
         return sums
 
-    def _layer(self, layer: int, streams: Sequence[AttendStream]) -> Stages:
-        began = time.perf_counter()
-        self._last_id += 1
-        request = wire.attend_request(self._last_id, layer, [self._rows], HEAD_DIM**-0.5, 0.0)
-        run = self._loop.run_until_complete
-
-        async def write_all() -> None:
-            for stream in streams:
-                await stream.write(request)
-
-        async def collect_all() -> list[object]:
-            return [await stream.read(self._last_id, READ_TIMEOUT_S) for stream in streams]
-
-        run(write_all())
-        sent = time.perf_counter()
-        replies = run(collect_all())
-        collected = time.perf_counter()
-        parts = [self._part(reply) for reply in replies]
-        decoded = time.perf_counter()
-        merge([self._resident, *parts])
-        merged = time.perf_counter()
-        slowest = max(
-            (wire.node_timing_from_proto(reply) for reply in replies),  # type: ignore[arg-type]
-            key=lambda timing: timing.total_s,
+    def _layer(self, layer: int, nodes: int) -> Stages:
+        asked = SessionQueries(
+            str(nodes), self._queries, Span(128, CONTEXT_TOKENS - 512), Budget(top_k=100)
         )
+        began = time.perf_counter()
+        deadline = time.monotonic() + READ_TIMEOUT_S
+        flight = self._fanout.send(layer, [asked], HEAD_DIM**-0.5, 0.0, deadline)
+        sent = time.perf_counter()
+        collected = flight.collect()
+        received = time.perf_counter()
+        (answer,) = collected.answers
+        if answer.error is not None:
+            raise answer.error
+        retrieved = merge_parts([part.partial for part in answer.parts])
+        part = Partial(torch.from_numpy(retrieved.output), torch.from_numpy(retrieved.lse))
+        merge(self._resident, part)
+        merged = time.perf_counter()
+        slowest = collected.slowest
         return {
             "send": sent - began,
             "queue": slowest.queue_s,
             "search": slowest.search_s,
             "attend": slowest.attend_s,
             "node_merge": slowest.merge_s,
-            "transport": collected - sent - slowest.total_s,
-            "decode": decoded - collected,
-            "merge": merged - decoded,
+            "transport": received - sent - slowest.total_s,
+            "merge": merged - received,
             "total": merged - began,
         }
 
-    @staticmethod
-    def _part(reply: object) -> PartialAttention:
-        (result,) = wire.attend_results_from_proto(reply, [(1, Q_HEADS)])  # type: ignore[arg-type]
-        if isinstance(result, LongreachError):
-            raise result
-        assert isinstance(result, AttendResult)
-        return result.partial
+
+def _session(addresses: Sequence[str], layers: Sequence[LayerGeometry]) -> NodeSession:
+    nodes = {f"node-{number}": address for number, address in enumerate(addresses)}
+    cuts = [CONTEXT_TOKENS * number // len(nodes) for number in range(len(nodes) + 1)]
+    shards = tuple(
+        Shard(node, Span(start, stop), tuple(range(LAYERS)), 0, KV_HEADS, (node,))
+        for node, start, stop in zip(nodes, cuts, cuts[1:], strict=False)
+    )
+    route = plan_route(ShardMap(shards, nodes, "benchmark"), layers, CONTEXT_TOKENS)
+    return NodeSession(route, dict.fromkeys(nodes, 1))
 
 
 class SocketSteps:

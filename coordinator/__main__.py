@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import sys
 
@@ -12,13 +13,18 @@ from longreach.config import read_config
 from longreach.errors import LongreachError
 from longreach.logging import configure
 from longreach.process import wait_for_stop_async
+from longreach.security.peers import Role
+from longreach.security.tls import member_files
 
 _log = logging.getLogger("coordinator")
 
 
 async def serve(config: CoordinatorConfig) -> None:
     """Serves until a signal asks to stop."""
-    server = CoordinatorServer(config)
+    files = member_files(config, Role.COORDINATOR, config.coordinator_id)
+    if files is not None and files.identity is not None:
+        config = dataclasses.replace(config, coordinator_id=files.identity.member_id)
+    server = CoordinatorServer(config, files)
     address = await server.start()
     await wait_for_stop_async(config.exit_with_parent, address=address)
     _log.info("stopping: running generations have %.0f s", config.drain_grace_s)

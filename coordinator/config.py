@@ -6,31 +6,45 @@ from dataclasses import dataclass
 
 from longreach.config import setting
 from longreach.errors import InvalidRequest
+from longreach.security.tls import TlsSettings
 from longreach.types import Budget
 
 
-@dataclass(frozen=True, slots=True)
-class CoordinatorConfig:
+@dataclass(frozen=True)
+class CoordinatorConfig(TlsSettings):
     """Coordinator: the public API, contexts, sessions and the decode loop."""
 
     listen: str = setting(
         "127.0.0.1:7300", "host:port to serve on; port 0 picks a free one and prints it."
     )
+    cluster_listen: str = setting(
+        "",
+        "host:port for workers and nodes when TLS is on. The port above then asks clients for no "
+        "certificate (API keys say who they are); empty serves all on one port, and every client "
+        "shows a certificate.",
+    )
     coordinator_id: str = setting(
-        "coordinator-0",
-        "Stable name of this coordinator. Its sessions carry it, so that those a crash left open "
-        "are recognised and closed after the restart.",
+        "",
+        "Stable name of this coordinator; empty for that in its certificate, or coordinator-0. "
+        "Its sessions carry it, so that those a crash left open are recognised and closed after "
+        "the restart.",
     )
     data_dir: str = setting(
         "",
         "Folder of the catalog (SQLite). Empty keeps it in memory: contexts are then found "
         "again from the nodes' inventories.",
     )
+    catalog: str = setting(
+        "",
+        "redis://HOST:PORT/DB, or rediss:// for TLS, of the catalog that several coordinators "
+        "share; empty for SQLite in data_dir, for one coordinator. A password belongs into "
+        "LONGREACH_CATALOG, not into a flag.",
+    )
     cluster_secret: str = setting(
         "", "Secret shared by all services; signs capabilities and salts tenants."
     )
     default_budget: str = setting(
-        "top_k=100",
+        "top_k=100+tail",
         "Keys a decode step may use when the request says nothing: exact, top_k=100, "
         "mass=0.98[64,4096] or beta=8, with +tail for the tail estimate.",
     )
@@ -82,6 +96,11 @@ class CoordinatorConfig:
         if self.index_reserve < 0:
             raise InvalidRequest(f"index_reserve is {self.index_reserve}; it must be 0 or more")
         self.budget()
+
+    @property
+    def name(self) -> str:
+        """The coordinator's stable name, with the default resolved."""
+        return self.coordinator_id or "coordinator-0"
 
     def budget(self) -> Budget:
         """The default budget, parsed; raises InvalidRequest when it is not one."""

@@ -17,12 +17,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from coordinator import tenancy
-from coordinator.catalog.base import Catalog, ContextRecord, ContextState
+from coordinator.catalog.base import Catalog, Conflict, ContextRecord, ContextState
 from coordinator.cluster import Cluster
 from coordinator.config import CoordinatorConfig
 from coordinator.context_book import ContextBook
 from coordinator.driver import Driver
 from coordinator.filling import Filling, Order
+from coordinator.following import Following
 from coordinator.holdings import Holdings, interrupted, settled
 from coordinator.index_progress import IndexProgress, IndexSummary
 from coordinator.models import Models
@@ -39,7 +40,9 @@ from coordinator.settling import Settling
 from coordinator.sweeper import Sweeper
 from longreach.errors import Aborted, FailedPrecondition, LongreachError, Unavailable
 from longreach.steps import ModelInfo
-from longreach.types import ShardMap, Span, storage_dtype
+from longreach.types import Identity, ShardMap, Span, storage_dtype
+
+STORE_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,17 @@ class ContextProgress:
 
     record: ContextRecord
     found: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A context that a request wants stored."""
+
+    context_id: str
+    identity: Identity
+    token_ids: Sequence[int]
+    name: str
+    placement: str
 
 
 class Contexts:
@@ -84,7 +98,7 @@ class Contexts:
         self.tenant = tenancy.tenant_digest(
             config.cluster_secret.encode(), tenancy.DEFAULT_PRINCIPAL
         )
-        self._book = ContextBook(catalog, cluster)
+        self._book = ContextBook(catalog, cluster, config.name)
         self._holdings = Holdings()
         self._sweeper = Sweeper(driver)
         self._index = IndexProgress(driver)
@@ -107,14 +121,27 @@ class Contexts:
             self._filling,
             self._sweeper,
             on_sessions=on_sessions,
+            catch_up=lambda: self.following.follow(),
+        )
+        self.following = Following(
+            self._book,
+            cluster,
+            driver,
+            self._holdings,
+            self._filling,
+            self.settling,
+            self._prefixes,
+            on_removed=on_delete,
         )
 
     async def start(self) -> None:
         """Loads the catalog. Nothing is READY until its nodes have registered."""
         await self._book.load()
         for record in list(self._book.records.values()):
-            record = interrupted(record)
-            self._book.show(settled(record, self._holdings.missing(record)))
+            if self._book.abandoned(record):
+                record = interrupted(record)
+            if not record.filling:
+                self._book.show(settled(record, self._holdings.missing(record)))
             token_ids = await self._book.token_ids(record.context_id)
             if token_ids is not None:
                 self._prefixes.add(record.context_id, record.identity, token_ids)
@@ -145,11 +172,13 @@ class Contexts:
 
     async def view(self, context_id: str) -> ContextView:
         """One context with the progress of its index; raises NotFound."""
+        await self.following.look_up(context_id)
         record = self._readdressed(self._book.find(context_id, self.tenant))
         return ContextView(record, await self._index.of(record))
 
     async def ready(self, context_id: str) -> ContextRecord:
         """A context to generate on; raises what says why it cannot be used."""
+        await self.following.look_up(context_id)
         await self.settling.given_time(context_id)
         record = self._readdressed(self._book.find(context_id, self.tenant))
         if record.state is ContextState.READY:
@@ -214,24 +243,47 @@ class Contexts:
         check_context_length(len(token_ids), model)
         check_token_ids(token_ids, model)
         identity = dataclasses.replace(model.identity, tenant=self.tenant)
-        context_id = tenancy.context_id(identity, token_ids)
+        wanted = _Wanted(
+            tenancy.context_id(identity, token_ids), identity, token_ids, name, placement
+        )
+        for attempt in range(1, STORE_ATTEMPTS + 1):
+            try:
+                async with contextlib.aclosing(self._store(wanted, model)) as progress:
+                    async for each in progress:
+                        yield each
+                return
+            except Conflict:
+                if attempt == STORE_ATTEMPTS:
+                    raise  # else another coordinator was faster: its context is found now
+
+    async def _store(
+        self, wanted: _Wanted, model: ModelInfo
+    ) -> AsyncGenerator[ContextProgress, None]:
+        context_id, token_ids = wanted.context_id, wanted.token_ids
         await self.settling.given_time(context_id)
         fill = self._filling.get(context_id)
         if fill is None:
+            async for record in self.following.watch(context_id):
+                yield ContextProgress(record, found=False)
+            fill = self._filling.get(context_id)
+        if fill is None:
             known = self._book.records.get(context_id)
             if known is not None and known.state is ContextState.READY:
-                self._prefixes.add(context_id, identity, token_ids)  # nodes do not tell the tokens
+                # Nodes do not tell the tokens.
+                self._prefixes.add(context_id, wanted.identity, token_ids)
                 yield ContextProgress(self._readdressed(known), found=True)
                 return
             to_place = _to_place(context_id, Span(0, len(token_ids)), model, len(token_ids))
-            policy = placement or self._config.placement
-            fill = self._filling.begin(Order(to_place, identity, tuple(token_ids), name, policy))
+            policy = wanted.placement or self._config.placement
+            order = Order(to_place, wanted.identity, tuple(token_ids), wanted.name, policy)
+            fill = self._filling.begin(order)
         async with contextlib.aclosing(fill.watch()) as watch:
             async for record in watch:
                 yield ContextProgress(record, found=False)
 
     async def delete(self, context_id: str) -> int:
         """Forgets a context: its generations end, its KV goes; returns the bytes freed."""
+        await self.following.look_up(context_id)
         record = self._book.find(context_id, self.tenant)
         error = Aborted(f"context {context_id} was deleted", reason="CONTEXT_DELETED")
         fill = self._filling.get(context_id)
@@ -239,12 +291,16 @@ class Contexts:
             fill.fail(error)
             self._filling.abandon(fill)
         self._book.forget(context_id)  # first of all, so that nobody begins on it meanwhile
-        self._holdings.dropped(context_id)
-        self._last_worker.pop(context_id, None)
-        self._prefixes.remove(context_id)
 
         async def end_users() -> None:
-            await self._book.erase(context_id)
+            try:
+                await self._book.erase(context_id)
+            except Unavailable:
+                self._book.show(record)
+                raise
+            self._holdings.dropped(context_id)
+            self._last_worker.pop(context_id, None)
+            self._prefixes.remove(context_id)
             await self._on_delete(context_id, error)
 
         # A task of its own: a client that leaves now must not leave half of it undone.

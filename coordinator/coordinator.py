@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import longreach
+from coordinator import tenancy
 from coordinator.catalog.base import Catalog
+from coordinator.catalog.redis import RedisCatalog
 from coordinator.catalog.sqlite import SqliteCatalog
 from coordinator.cluster import (
     Action,
@@ -31,7 +34,10 @@ from coordinator.models import Models
 from coordinator.sessions import Sessions
 from longreach.errors import LongreachError, Unavailable
 from longreach.rpc.retrieval import AsyncNodeClient
+from longreach.rpc.tls import ChannelTls
 from longreach.rpc.worker import WorkerClient
+from longreach.security.peers import PeerIdentity, Role
+from longreach.security.tls import TlsFiles
 
 TICK_S = 0.5
 RECHECK_TICKS = 10
@@ -64,8 +70,9 @@ class Coordinator:
         config: CoordinatorConfig,
         *,
         catalog: Catalog | None = None,
-        worker_client: Callable[[str], WorkerPeer] = WorkerClient,
-        node_client: Callable[[str], NodePeer] = AsyncNodeClient,
+        files: TlsFiles | None = None,
+        worker_client: Callable[[str], WorkerPeer] | None = None,
+        node_client: Callable[[str], NodePeer] | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_ready: Callable[[bool], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
@@ -75,12 +82,14 @@ class Coordinator:
         self._ready = False
         self._draining = False
         self._cluster = Cluster()
-        self._catalog = catalog or SqliteCatalog(config.data_dir)
+        self._catalog = catalog or _open_catalog(config)
         self._driver = Driver(
             self._address_of,
             config.cluster_secret.encode(),
-            worker_client=worker_client,
-            node_client=node_client,
+            worker_client=worker_client
+            or functools.partial(WorkerClient, tls=self._tls(files, Role.WORKER)),
+            node_client=node_client
+            or functools.partial(AsyncNodeClient, tls=self._tls(files, Role.NODE)),
         )
         self._models = Models(self._cluster)
         self.contexts = Contexts(
@@ -101,6 +110,7 @@ class Coordinator:
         """Loads the catalog and begins to watch the clock."""
         await self.contexts.start()
         self._spawn(self._watch_clock())
+        self._spawn(self.contexts.following.run())
 
     def heartbeat(self, report: Heartbeat) -> int:
         """Takes a member's report; returns the membership epoch."""
@@ -185,6 +195,7 @@ class Coordinator:
             self._apply(Tick())
             if ticks % RECHECK_TICKS == 0:
                 self._spawn(self.contexts.settling.recheck())
+                self._close_orphans()
 
     async def _announce_readiness(self) -> None:
         """Ready once a worker and a node are alive, until draining begins."""
@@ -200,7 +211,8 @@ class Coordinator:
 
     def _close_orphans(self) -> None:
         workers = [member.member_id for member in self._cluster.workers()]
-        self._spawn(self.sessions.orphans.close(workers))
+        nodes = [member.member_id for member in self._cluster.nodes()]
+        self._spawn(self.sessions.orphans.close(workers, nodes))
 
     async def _end_sessions(self, context_id: str, error: LongreachError) -> None:
         await self.sessions.abort_context(context_id, error)
@@ -211,6 +223,18 @@ class Coordinator:
             raise Unavailable(f"{member_id} is not a member of the cluster", reason="NO_MEMBER")
         return member.report.address
 
+    def _tls(self, files: TlsFiles | None, role: Role) -> ChannelTls | None:
+        return ChannelTls(files, lambda at: self._server_name(role, at)) if files else None
+
+    def _server_name(self, role: Role, address: str) -> str:
+        """The name that the certificate at an address must carry: that of the member which
+        reported it last."""
+        here = [m for m in self._cluster.members() if m.report.address == address]
+        if not here:
+            return role.server_name
+        member_id = max(here, key=lambda member: member.seen_at).member_id
+        return PeerIdentity(role, member_id).server_name
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -220,3 +244,11 @@ class Coordinator:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.error("a background task failed", exc_info=task.exception())
+
+
+def _open_catalog(config: CoordinatorConfig) -> Catalog:
+    if not config.catalog:
+        return SqliteCatalog(config.data_dir)
+    # Clusters of different secrets may share a Redis.
+    namespace = tenancy.tenant_digest(config.cluster_secret.encode(), "catalog")[:12]
+    return RedisCatalog(config.catalog, namespace)

@@ -86,6 +86,9 @@ class NodePeer(Peer, Protocol):
     async def drop(self, context_id: str, capability: bytes) -> int:
         """Forgets a context; returns bytes freed."""
 
+    async def close_session(self, session_id: str, capability: bytes) -> int:
+        """Ends a session by id; returns bytes freed."""
+
     async def inventory(self, context_id: str = "") -> tuple[list[ShardInventory], list[str]]:
         """Shards held and sessions open."""
 
@@ -153,6 +156,13 @@ class Driver:
             "read", record.tenant, record.context_id, expires, record.session_id, record.epoch
         )
         return security.sign(capability, self._secret)
+
+    async def close_on_node(self, node_id: str, session_id: str) -> int:
+        """Ends a session by id on a node, without its worker; returns the bytes freed."""
+        expires = time.time() + CAPABILITY_TTL_S
+        capability = security.Capability("close", "", "", expires, session_id)
+        signed = security.sign(capability, self._secret)
+        return await self.node(node_id).close_session(session_id, signed)
 
     async def drop(self, context_id: str, tenant: str, node_ids: Iterable[str]) -> Dropped:
         """Drops a context on several nodes at once; nodes that do not answer are named."""

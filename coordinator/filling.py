@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from coordinator.catalog.base import ContextRecord, ContextState
+from coordinator.catalog.base import Conflict, ContextRecord, ContextState
 from coordinator.cluster import Cluster
 from coordinator.context_book import ContextBook
 from coordinator.driver import Driver
@@ -107,6 +107,7 @@ class Filling:
             kv_bytes=order.to_place.room_bytes,
             created_at=time.time(),
             shard_map=shard_map,
+            owner=self._book.name,
         )
         stale = self._book.records.get(context_id)
         self._book.show(record)
@@ -152,9 +153,11 @@ class Filling:
         context_id = fill.record.context_id
         try:
             await self._sweeper.swept(context_id)
+            await self._book.claim(fill.record, token_ids)
             await self._clear(fill.record, stale)
-            await self._book.write(fill.record, token_ids)
             await self._prefill(fill, token_ids)
+        except Conflict as conflict:
+            self._lose(fill, conflict)
         except LongreachError as error:
             await self._fail(fill, error)
         except Exception as problem:
@@ -231,6 +234,12 @@ class Filling:
     def _show(self, fill: Fill, record: ContextRecord) -> None:
         self._book.show(record)
         fill.update(record)
+
+    def _lose(self, fill: Fill, conflict: Conflict) -> None:
+        """Another coordinator stores or deleted the context: what the nodes hold is not ours."""
+        self._close(fill)
+        self._book.unknow(fill.record.context_id)
+        fill.fail(conflict)
 
     async def _fail(self, fill: Fill, error: LongreachError) -> None:
         """Keeps the error, drops the KV."""

@@ -41,6 +41,11 @@ class Holdings:
             if item.sealed:
                 held.setdefault(item.context_id, []).append(item)
 
+    def learn(self, node_id: str, context_id: str, inventory: Sequence[ShardInventory]) -> None:
+        """Replaces what the node reported about one context."""
+        sealed = [item for item in inventory if item.sealed]
+        self._nodes.setdefault(node_id, {})[context_id] = sealed
+
     def heard(self, node_id: str) -> bool:
         """Whether the node's inventory is known."""
         return node_id in self._nodes
@@ -130,6 +135,8 @@ def leftovers(
         record = records.get(item.context_id)
         if record is None:
             useless = not item.sealed or item.context_id in tombstones
+        elif record.filling:
+            useless = False  # its owner is at work
         elif record.state is ContextState.FAILED:
             useless = True
         else:

@@ -19,11 +19,12 @@ _REMEMBERED_MAX = 1024
 @dataclass(frozen=True, slots=True)
 class IndexSummary:
     """`fraction`: share of the heads that are built; `kind`: kinds that answer now, joined by
-    "+"; `bytes`: of indexes, beside K and V."""
+    "+"; `bytes`: of indexes, beside K and V; `error`: why some were not built and never will be."""
 
     fraction: float = 0.0
     kind: str = ""
     bytes: int = 0
+    error: str = ""
 
 
 def summarise(inventory: Iterable[ShardInventory]) -> IndexSummary:
@@ -34,6 +35,7 @@ def summarise(inventory: Iterable[ShardInventory]) -> IndexSummary:
         fraction=sum(index.built for index in indexes) / total if total else float(bool(indexes)),
         kind="+".join(sorted({index.serving_kind for index in indexes if index.serving_kind})),
         bytes=sum(index.bytes for index in indexes),
+        error="; ".join(sorted({index.error for index in indexes if index.error})),
     )
 
 

@@ -19,11 +19,15 @@ from coordinator.index_progress import IndexSummary
 from coordinator.requests import GenerateParams, NewContext, Prompt
 from coordinator.summary import Summary
 from longreach import wire
-from longreach.errors import InvalidRequest, Unavailable
+from longreach.errors import InvalidRequest, PermissionDenied
+from longreach.rpc.authorization import AsyncAuthorization, Policy
 from longreach.rpc.channels import server_options
 from longreach.rpc.health import AsyncReadiness, serve_health_async
 from longreach.rpc.membership import HEARTBEAT_INTERVAL_S, report_from_proto
 from longreach.rpc.status import map_errors
+from longreach.rpc.tls import open_port, peer_of
+from longreach.security.peers import Role
+from longreach.security.tls import TlsFiles
 from longreach.types import SamplingParams
 from longreach.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
@@ -39,11 +43,15 @@ class CoordinatorServer:
     draining has not begun. Heartbeats and requests that need no worker are answered before.
     """
 
-    def __init__(self, config: CoordinatorConfig) -> None:
+    def __init__(self, config: CoordinatorConfig, files: TlsFiles | None = None) -> None:
         self._config = config
-        self._server = grpc.aio.server(options=server_options())
+        self._files = files
+        self._server = grpc.aio.server(
+            interceptors=[AsyncAuthorization(_policy(config))] if files else [],
+            options=server_options(),
+        )
         self._readiness: AsyncReadiness | None = None
-        self.coordinator = Coordinator(config, on_ready=self._set_ready)
+        self.coordinator = Coordinator(config, files=files, on_ready=self._set_ready)
 
     async def start(self) -> str:
         """Begins to serve; returns host:port. Raises Unavailable when the port cannot be had."""
@@ -51,17 +59,23 @@ class CoordinatorServer:
             GenerationServicer(self.coordinator, self._config), self._server
         )
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
-            ClusterServicer(self.coordinator), self._server
+            ClusterServicer(self.coordinator, claims_checked=self._files is not None), self._server
         )
         self._readiness = await serve_health_async(self._server, [GENERATION, CLUSTER])
-        host = self._config.listen.rpartition(":")[0]
-        try:
-            port = self._server.add_insecure_port(self._config.listen)
-        except RuntimeError as error:
-            raise Unavailable(f"cannot listen on {self._config.listen}: {error}") from None
+        address = self._open_ports()
         await self.coordinator.start()
         await self._server.start()
-        return f"{host}:{port}"
+        return address
+
+    def _open_ports(self) -> str:
+        config, files = self._config, self._files
+        one_port = not config.cluster_listen
+        address = open_port(self._server, config.listen, files, ask_clients=one_port)
+        if not one_port:
+            open_port(self._server, config.cluster_listen, files)
+        if config.health_listen:
+            open_port(self._server, config.health_listen, None)
+        return address
 
     async def stop(self) -> None:
         """Drains, then ends every call."""
@@ -151,8 +165,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     """The membership service."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, *, claims_checked: bool) -> None:
         self._coordinator = coordinator
+        self._claims_checked = claims_checked
 
     @map_errors
     async def Heartbeat(  # noqa: N802
@@ -160,6 +175,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> cluster_pb2.HeartbeatResponse:
         """A member lives."""
         report = report_from_proto(request)
+        self._check_claim(report.member_id, Role.WORKER if report.worker else Role.NODE, call)
         epoch = self._coordinator.heartbeat(
             Heartbeat(
                 member_id=report.member_id,
@@ -181,8 +197,48 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_pb2.LeaveRequest, call: Call
     ) -> cluster_pb2.LeaveResponse:
         """A member takes leave."""
+        self._check_claim(request.member_id, None, call)
         epoch = self._coordinator.leave(Leave(request.member_id, request.incarnation))
         return cluster_pb2.LeaveResponse(epoch=epoch)
+
+    @map_errors
+    async def RebuildCatalog(  # noqa: N802
+        self, request: cluster_pb2.RebuildCatalogRequest, call: Call
+    ) -> cluster_pb2.RebuildCatalogResponse:
+        """Restores the catalog from the nodes."""
+        rebuilt = await self._coordinator.contexts.settling.rebuild()
+        return cluster_pb2.RebuildCatalogResponse(
+            found_context_ids=rebuilt.found,
+            contexts=rebuilt.contexts,
+            node_ids=rebuilt.answered,
+            silent_node_ids=rebuilt.silent,
+        )
+
+    def _check_claim(self, member_id: str, role: Role | None, call: Call) -> None:
+        """Raises PermissionDenied unless the member is whom its certificate names."""
+        if not self._claims_checked:
+            return
+        identity = peer_of(call).identity
+        if identity is None or (member_id, role or identity.role) != (
+            identity.member_id,
+            identity.role,
+        ):
+            raise PermissionDenied(
+                f"the certificate is that of {identity}; it cannot report as "
+                f"{role.value if role else 'member'} {member_id!r}: start the member with its own "
+                "certificate",
+                reason="WRONG_MEMBER",
+            )
+
+
+def _policy(config: CoordinatorConfig) -> Policy:
+    """Who may call a coordinator where TLS is on."""
+    public = frozenset({GENERATION}) if config.cluster_listen else frozenset()
+    roles = {
+        CLUSTER: frozenset({Role.WORKER, Role.NODE}),
+        f"{CLUSTER}/RebuildCatalog": frozenset({Role.CLIENT}),
+    }
+    return Policy(roles, open_services=public)
 
 
 # Decoding.
@@ -258,6 +314,7 @@ def _context(record: ContextRecord, index: IndexSummary | None = None) -> genera
         index_fraction=index.fraction,
         index_kind=index.kind,
         index_bytes=index.bytes,
+        index_error=index.error,
         created_at=record.created_at,
         prefill_s=record.prefill_s,
         shard_map=wire.shard_map_to_proto(record.shard_map),

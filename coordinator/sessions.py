@@ -81,7 +81,7 @@ class Sessions:
         self._config = config
         self._on_lost = on_lost
         self._admission = Admission(self._slots, config.max_waiting)
-        names = SessionNames(config.coordinator_id)
+        names = SessionNames(config.name)
         self._planner = Planner(contexts, models, self._admission, config, names)
         self.orphans = Orphans(names, driver, lives=lambda session_id: session_id in self._sessions)
         self._loops: dict[str, tuple[WorkerPeer, DecodeLoop]] = {}
@@ -201,7 +201,8 @@ class Sessions:
                 index_kinds=await self._index_kinds(plan.context),
             )
         finally:
-            await _close(worker, opening, plan.record.session_id)
+            if not await _close(worker, opening, plan.record.session_id):
+                self.orphans.left(plan.record.session_id)
 
     async def _open(self, session: _Session, worker: WorkerPeer) -> tuple[int, int]:
         """Opens the session on the worker; tries again when a node does not answer, since one that
@@ -304,8 +305,11 @@ def _drain(
 
 async def _close(
     worker: WorkerPeer, opening: asyncio.Task[tuple[int, int]], session_id: str
-) -> None:
-    """Closes a session on its worker and nodes, once its opening has ended either way."""
+) -> bool:
+    """Closes a session on its worker and nodes, once its opening has ended either way.
+
+    Whether the worker answered: it may be gone, and then the nodes still have the session.
+    """
     await asyncio.wait([opening])
     if not opening.cancelled():
         opening.exception()  # raised already where it matters
@@ -314,3 +318,5 @@ async def _close(
             await worker.close_session(session_id, True)
     except (LongreachError, TimeoutError) as error:
         _log.warning("session %s was not closed on its worker: %r", session_id, error)
+        return False
+    return True

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from coordinator import holdings
-from coordinator.catalog.base import ContextState
+from coordinator.catalog.base import Conflict, ContextRecord, ContextState
 from coordinator.cluster import Cluster
 from coordinator.context_book import ContextBook
 from coordinator.driver import Driver
@@ -29,10 +30,22 @@ ASK_PAUSE_S = 0.3
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What a rebuild did: contexts found, how many there are now, nodes that answered or not."""
+
+    found: tuple[str, ...]
+    contexts: int
+    answered: tuple[str, ...]
+    silent: tuple[str, ...]
+
+
 class Settling:
     """Reacts to membership for every context that is not being stored.
 
-    `on_sessions` is told which sessions a node has open.
+    `on_sessions` is told which sessions a node has open; `catch_up` takes what other coordinators
+    did and says whether it could. Every coordinator decides states for itself; the leader alone
+    writes them, rebuilds and sweeps.
     """
 
     def __init__(
@@ -45,6 +58,7 @@ class Settling:
         filling: Filling,
         sweeper: Sweeper,
         on_sessions: Callable[[list[str]], None],
+        catch_up: Callable[[], Awaitable[bool]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._book = book
@@ -55,6 +69,7 @@ class Settling:
         self._filling = filling
         self._sweeper = sweeper
         self._on_sessions = on_sessions
+        self._catch_up = catch_up
         self._clock = clock
         self._patient_until = clock() + PATIENCE_S
         self._changed = asyncio.Event()
@@ -82,11 +97,18 @@ class Settling:
         inventory, session_ids = answer
         self._on_sessions(session_ids)
         self._holdings.report(node_id, inventory)
-        useless = holdings.leftovers(node_id, inventory, self._book.records, self._book.tombstones)
-        for context_id, tenant in useless.items():
-            if context_id not in self._filling:
-                self._sweeper.sweep(context_id, tenant, [node_id])
+        if await self._may_sweep():
+            book = self._book
+            useless = holdings.leftovers(node_id, inventory, book.records, book.tombstones)
+            for context_id, tenant in useless.items():
+                if context_id not in self._filling:
+                    self._sweeper.sweep(context_id, tenant, [node_id])
         await self.settle()
+
+    async def _may_sweep(self) -> bool:
+        """Whether this coordinator leads and knows all that was reserved before the inventory it
+        has: what a node holds without a reservation is then nobody's."""
+        return bool(self._book.epoch()) and await self._catch_up() and bool(self._book.epoch())
 
     async def node_down(self, node_id: str) -> None:
         """A node died, left, or lost its memory."""
@@ -100,12 +122,35 @@ class Settling:
             record = self._book.records.get(context_id)  # others work while the catalog writes
             if record is None or context_id in self._filling:
                 continue
-            settled = holdings.settled(record, self._holdings.missing(record))
+            if self._book.abandoned(record):
+                settled = holdings.interrupted(record)
+            elif record.filling:
+                continue  # another coordinator is at it
+            else:
+                settled = holdings.settled(record, self._holdings.missing(record))
             if settled != record:
                 _log.info("context %s is %s now", context_id, settled.state.name)
                 self._book.show(settled)
                 self._wake()
-                await self._book.write(settled)
+                await self._write(settled)
+
+    async def rebuild(self) -> Rebuilt:
+        """Asks every node for its inventory and writes what the catalog lacks."""
+        await self._catch_up()
+        wanted = {m.member_id for m in self._cluster.members() if m.report.node}
+        wanted |= (await self._book.known_nodes()).keys()
+        lost = await self._book.write_missing()
+        before = set(self._book.records)
+        answered = []
+        for node_id in sorted(wanted):
+            if (answer := await self._ask(node_id)) is not None:
+                self._holdings.report(node_id, answer[0])
+                answered.append(node_id)
+        await self.settle()
+        await self._rebuild_unknown(insist=True)
+        found = sorted(lost | self._book.records.keys() - before)
+        silent = sorted(wanted - set(answered))
+        return Rebuilt(tuple(found), len(self._book.records), tuple(answered), tuple(silent))
 
     async def recheck(self) -> None:
         """Asks nodes again that should hold what is out of reach: a snapshot may have loaded."""
@@ -129,7 +174,10 @@ class Settling:
             await asyncio.sleep(ASK_PAUSE_S * (attempt + 1))
         return None
 
-    async def _rebuild_unknown(self) -> None:
+    async def _rebuild_unknown(self, *, insist: bool = False) -> None:
+        """Writes contexts that only the nodes remember: the leader, or whoever was asked to."""
+        if not self._book.epoch() and not insist:
+            return
         unknown = self._holdings.unknown(self._book.records.keys() | self._book.tombstones)
         for context_id, by_node in unknown.items():
             addresses = {
@@ -144,7 +192,17 @@ class Settling:
                 _log.info("context %s was found on %s", context_id, ", ".join(sorted(by_node)))
                 self._book.show(record)
                 self._wake()
-                await self._book.write(record)
+                await self._write(record, insist=insist)
+
+    async def _write(self, record: ContextRecord, *, insist: bool = False) -> None:
+        """Writes as the leader; what another coordinator wrote meanwhile comes as news."""
+        epoch = self._book.epoch()
+        if not epoch and not insist:
+            return
+        try:
+            await self._book.write(record, epoch=epoch)
+        except Conflict as conflict:
+            _log.info("context %s was not written: %s", record.context_id, conflict)
 
     def _wake(self) -> None:
         self._changed.set()

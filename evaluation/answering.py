@@ -1,4 +1,7 @@
-"""Who answers: full attention in this process, or a running cluster under a budget."""
+"""Who answers: what every back-end offers, and a running cluster under a budget.
+
+Methods in this process are in evaluation.local.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from gpu_worker.model import Model, load_model
-from gpu_worker.reference import FullAttention
-from longreach.errors import InvalidRequest, NotFound
+from longreach.errors import NotFound
 from longreach.sdk import Client
 from longreach.sdk.models import Context
 from longreach.types import WorkFigures
@@ -25,8 +26,11 @@ Report = Callable[[str], None]
 class Answer:
     """Generated tokens without the one that ended them, and what they cost.
 
-    work: retrieval of the question's rows and of the decode steps; None without retrieval.
+    work: of the question's rows and of the decode steps; None for full attention. A cluster counts
+    the positions its nodes serve as in scope, methods in this process all earlier positions.
     resident_share: KV the worker held / KV of all positions. index_kinds: what answered.
+    prefill_density: (row, key) pairs attended / visible in the context's prefill; None where it is
+    not told.
     """
 
     ids: tuple[int, ...]
@@ -34,6 +38,7 @@ class Answer:
     work: WorkFigures | None = None
     resident_share: float = 1.0
     index_kinds: tuple[str, ...] = ()
+    prefill_density: float | None = None
 
 
 class Answerer(ABC, Generic[Handle]):
@@ -50,45 +55,6 @@ class Answerer(ABC, Generic[Handle]):
     @abstractmethod
     def release(self, handle: Handle) -> None:
         """Frees what `prefill` took."""
-
-
-class FullAnswerer(Answerer[FullAttention]):
-    """Every key of every layer, in this process: what methods are compared with."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-
-    @classmethod
-    def load(cls, model: str) -> FullAnswerer:
-        """Loads a directory or hub name."""
-        return cls(load_model(model))
-
-    def prefill(
-        self, context_ids: Sequence[int], room_tokens: int, on_progress: Report
-    ) -> FullAttention:
-        """Computes the context's KV in chunks.
-
-        Raises InvalidRequest when the model does not accept as many positions.
-        """
-        positions = len(context_ids) + room_tokens
-        if positions > self._model.info.max_positions:
-            raise InvalidRequest(
-                f"a sample takes {positions} positions; model {self._model.info.model!r} accepts "
-                f"{self._model.info.max_positions}: ask for shorter lengths"
-            )
-        on_progress("prefill")
-        return FullAttention(self._model, context_ids, room_tokens)
-
-    def answer(self, handle: FullAttention, question_ids: Sequence[int], max_tokens: int) -> Answer:
-        """Answers over every key."""
-        started = time.perf_counter()
-        ids = handle.answer(question_ids, max_tokens, self._model.info.eos_ids)
-        return Answer(tuple(ids), time.perf_counter() - started)
-
-    def release(self, handle: FullAttention) -> None:
-        """Frees the KV."""
-        handle.keys.clear()
-        handle.values.clear()
 
 
 class ClusterAnswerer(Answerer[Context]):

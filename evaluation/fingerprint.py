@@ -1,4 +1,4 @@
-"""Tells models apart without loading them, so that answers of two are never mixed."""
+"""Tells models and datasets apart by content, so that answers of two are never mixed."""
 
 from __future__ import annotations
 
@@ -27,3 +27,11 @@ def model_fingerprint(model: str) -> str:
             file.seek(max(0, size - _SAMPLED_BYTES))
             digest.update(file.read())
     return f"{directory.name} ({digest.hexdigest()})"
+
+
+def file_fingerprint(path: Path) -> str:
+    """Name and digest of a file; "missing" in place of the digest where there is none."""
+    if not path.is_file():
+        return f"{path.name} (missing)"
+    with path.open("rb") as file:
+        return f"{path.name} ({hashlib.file_digest(file, 'blake2b').hexdigest()[:12]})"

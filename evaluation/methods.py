@@ -3,8 +3,18 @@
     full                     full attention in this process
     cluster:BUDGET           a cluster with its default index: cluster:top_k=100, cluster:exact
     cluster/INDEX:BUDGET     a cluster whose nodes build INDEX: cluster/hnsw:mass=0.98[64,4096]
+    local/DECODE             in this process, a published method or an index with its parameters:
+                             local/streaming_llm:sink=128,window=512, local/sketch:top_k=100
+    local/DECODE@PREFILL     the same over a sparse prefill: local/full@vertical_slash,
+                             local/flat:exact@a_shape:sink_tokens=1024,window_tokens=4096
 
-Methods that differ only in budget share one cluster and one prefill of each context.
+Questions are put to stored contexts: they attend by the method too, and methods that choose keys
+once choose before the question is known. With the parameter prompt=whole, as in
+local/snapkv:capacity=1024,prompt=whole, the question is part of the prompt as in the papers: it
+attends everything, and such methods choose by it.
+
+Methods that differ only in budget share one cluster and one prefill of each context; methods in
+this process share a prefill with all others of the same prefill method.
 """
 
 from __future__ import annotations
@@ -16,7 +26,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.answering import AnyAnswerer, ClusterAnswerer, FullAnswerer
+from evaluation.answering import AnyAnswerer, ClusterAnswerer
+from evaluation.local import (
+    DENSE,
+    Contexts,
+    FullAnswerer,
+    LocalAnswerer,
+    LocalMethod,
+    parse_local,
+)
+from gpu_worker.model import load_model
+from library.decode import decode_names
 from longreach.errors import InvalidRequest
 from longreach.local_cluster import LocalCluster
 from longreach.sdk import Client
@@ -28,16 +48,35 @@ FULL = "full"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method as named on the command line. `index`: "" for the cluster's own choice."""
+    """A method as named on the command line.
+
+    index, budget: of a cluster; index "" for its own choice. local: of a method in this process.
+    """
 
     name: str
     index: str = ""
     budget: str = ""
+    local: LocalMethod | None = None
 
     @property
     def is_full(self) -> bool:
         """Whether this is full attention."""
         return self.name == FULL
+
+    @property
+    def configuration(self) -> str:
+        """The method with every parameter, as far as its name decides them."""
+        return str(self.local) if self.local else self.name
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether it needs no cluster."""
+        return self.is_full or self.local is not None
+
+    @property
+    def prefill(self) -> str:
+        """The prefill method of a method that runs here."""
+        return self.local.prefill if self.local else DENSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +99,26 @@ def parse_methods(texts: Sequence[str]) -> list[Method]:
 
     Raises InvalidRequest naming what is wrong with one.
     """
-    # The comma inside the brackets of a mass budget separates nothing.
-    names = [name.strip() for text in texts for name in re.split(r",(?![^\[]*\])", text)]
+    # A comma inside the brackets of a mass budget separates nothing, nor one before a parameter.
+    separator = r",(?![^\[]*\])(?!\s*\w+=)"
+    names = [name.strip() for text in texts for name in re.split(separator, text)]
     return [_parse(name) for name in dict.fromkeys(names) if name]
 
 
 def _parse(name: str) -> Method:
     if name == FULL:
         return Method(name)
+    if name.startswith("local/"):
+        try:
+            return Method(name, local=parse_local(name.removeprefix("local/")))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"method {name!r}: {error}", reason=error.reason) from None
     match = re.fullmatch(r"cluster(?:/(\w+))?:(.+)", name)
     if match is None:
         raise InvalidRequest(
-            f"unknown method {name!r}; write full, cluster:BUDGET or cluster/INDEX:BUDGET, "
-            "for example cluster:top_k=100",
+            f"unknown method {name!r}; write full, cluster:BUDGET, cluster/INDEX:BUDGET, for "
+            "example cluster:top_k=100, or local/DECODE[@PREFILL] with DECODE one of "
+            f"{', '.join(decode_names())}",
             reason="UNKNOWN_NAME",
         )
     index = match[1] or ""
@@ -89,7 +135,8 @@ def group_methods(methods: Sequence[Method]) -> list[list[Method]]:
     """Methods that can share a prefill, in the order given."""
     groups: dict[tuple[bool, str], list[Method]] = {}
     for method in methods:
-        groups.setdefault((method.is_full, method.index), []).append(method)
+        key = method.prefill if method.runs_here else method.index
+        groups.setdefault((method.runs_here, key), []).append(method)
     return list(groups.values())
 
 
@@ -101,9 +148,8 @@ def open_answerers(
 
     Raises InvalidRequest when a running cluster cannot serve the group.
     """
-    if group[0].is_full:
-        full = FullAnswerer.load(deployment.model)
-        yield dict.fromkeys(group, full)
+    if group[0].runs_here:
+        yield _local_answerers(group, deployment.model)
     elif deployment.address:
         with Client(deployment.address) as client:
             served = _served_model(client, group[0], deployment)
@@ -117,6 +163,17 @@ def open_answerers(
             yield {method: ClusterAnswerer(client, method.budget) for method in group}
 
 
+def _local_answerers(group: Sequence[Method], model: str) -> dict[Method, AnyAnswerer]:
+    needs_queries = any(m.local and m.local.decode.needs_every_query for m in group)
+    contexts = Contexts(load_model(model), group[0].prefill, every_query=needs_queries)
+    return {
+        m: LocalAnswerer(contexts, m.local.decode, m.local.prompt)
+        if m.local
+        else FullAnswerer(contexts)
+        for m in group
+    }
+
+
 def _local_cluster(index: str, deployment: Deployment, directory: Path) -> LocalCluster:
     return LocalCluster(
         deployment.model,
@@ -126,6 +183,7 @@ def _local_cluster(index: str, deployment: Deployment, directory: Path) -> Local
         worker_flags={
             "sink_tokens": deployment.sink_tokens,
             "window_tokens": deployment.window_tokens,
+            "prefill_pattern": DENSE,
         },
     )
 

@@ -30,14 +30,28 @@ def write_plots(records: Sequence[Record], stem: Path) -> list[Path]:
     written = []
     for method in dict.fromkeys(r.method for r in records if r.task == "needle"):
         grid = needle_grid([r for r in records if (r.method, r.task) == (method, "needle")])
-        base = f"{stem.name}.needle.{re.sub(r'[^A-Za-z0-9]+', '-', method).strip('-')}"
+        base = f"{stem.name}.needle.{method_slug(method)}"
         written.append(_write_csv(grid, stem.with_name(base + ".csv")))
-        written.append(_heatmap(grid, method, stem.with_name(base + ".png")))
+        written.append(heatmap(grid, method, stem.with_name(base + ".png")))
     for suite in dict.fromkeys(record.suite for record in records):
         members = [record for record in records if record.suite == suite]
         if len({record.length for record in members}) > 1:
             written.append(_curves(members, suite, stem.with_name(f"{stem.name}.{suite}.png")))
     return written
+
+
+def needle_grids(records: Sequence[Record]) -> dict[str, list[list[float]]]:
+    """Rows (depth, length, score) of the needle test by method, as a report's JSON keeps them."""
+    needles = [record for record in records if record.task == "needle"]
+    return {
+        method: [
+            [depth, length, round(score, 2)]
+            for (depth, length), score in needle_grid(
+                [record for record in needles if record.method == method]
+            ).items()
+        ]
+        for method in dict.fromkeys(record.method for record in needles)
+    }
 
 
 def needle_grid(records: Sequence[Record]) -> Grid:
@@ -58,7 +72,13 @@ def _write_csv(grid: Grid, path: Path) -> Path:
     return path
 
 
-def _heatmap(grid: Grid, method: str, path: Path) -> Path:
+def method_slug(method: str) -> str:
+    """A method's name as a part of file names."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", method).strip("-")
+
+
+def heatmap(grid: Grid, method: str, path: Path) -> Path:
+    """Draws score over length and depth as needle tests are shown."""
     depths = sorted({depth for depth, _ in grid})
     lengths = sorted({length for _, length in grid})
     image = [[grid.get((depth, length), float("nan")) for length in lengths] for depth in depths]
@@ -70,7 +90,7 @@ def _heatmap(grid: Grid, method: str, path: Path) -> Path:
     axes.set_ylabel("depth of the needle")
     axes.set_title(f"Needle in a haystack, {method}")
     figure.colorbar(shown, ax=axes, label="score")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _curves(records: Sequence[Record], suite: str, path: Path) -> Path:
@@ -91,10 +111,11 @@ def _curves(records: Sequence[Record], suite: str, path: Path) -> Path:
     axes.set_title(suite)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def save(figure: plt.Figure, path: Path) -> Path:
+    """Writes a figure and frees it."""
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""From answers to figures: a row per method, task and length; targets against full attention."""
+"""From answers to figures: a row per method, task and length, beside full attention."""
 
 from __future__ import annotations
 
@@ -10,17 +10,11 @@ from typing import Any
 
 from benchmarks.report import Report
 from evaluation.methods import FULL
+from evaluation.pairing import FullAnswers, full_answers, pair_with_full
 from evaluation.results import Record
-from evaluation.statistics import Comparison, compare, wilson
+from evaluation.statistics import wilson
+from evaluation.targets import add_targets, add_time_target
 from longreach.types import WorkFigures
-
-PUBLISHED_LOSS = {"ruler": 4.0, "infinitebench": 1.5}
-"""Points RetrievalAttention (top-100) loses against full attention on Llama-3-8B-262K: RULER 128K
-74.7 of 78.7, InfiniteBench 48.9 of 50.4 (arXiv 2409.10516)."""
-
-_OTHER_LOSS = 4.0
-_QUESTIONS_MIN = 20
-"""With fewer, nothing is claimed. Targets are set on all tasks of a suite together."""
 
 
 @dataclass(frozen=True)
@@ -48,47 +42,51 @@ def cells(records: Iterable[Record]) -> list[Cell]:
     return [Cell(*key, tuple(members)) for key, members in ordered]
 
 
-def pair_with_full(
-    records: Iterable[Record], full: Mapping[tuple[Any, ...], Record]
-) -> Comparison | None:
-    """The records beside full attention's answers to the same questions; None without any."""
-    pairs = [(r, full[r.key[1:]]) for r in records if r.key[1:] in full]
-    if not pairs:
-        return None
-    return compare(
-        [own.score for own, _ in pairs],
-        [reference.score for _, reference in pairs],
-        [(own.task, own.length, own.haystack) for own, _ in pairs],
-    )
-
-
-def fill_report(report: Report, records: Sequence[Record]) -> None:
-    """Adds a row per cell and a target per method and suite."""
-    full = {record.key[1:]: record for record in records if record.method == FULL}
+def fill_report(report: Report, records: Sequence[Record], elapsed_s: float | None = None) -> None:
+    """Adds a row per cell, and the targets; `elapsed_s` is what all answers together took."""
+    full = full_answers(records)
     for cell in cells(records):
         report.add(**_row(cell, full))
-    by_suite: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    add_targets(report, records)
+    if elapsed_s is not None:
+        add_time_target(report, elapsed_s)
+
+
+def pooled_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A row per method, suite and length, over all questions of the suite together."""
+    full = full_answers(records)
+    found: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
     for record in records:
-        if record.method != FULL:
-            by_suite[record.method, record.suite].append(record)
-    for (method, suite), members in by_suite.items():
-        _add_target(report, method, suite, pair_with_full(members, full))
+        found[record.method, record.suite, record.length].append(record)
+    return [
+        {"method": method, "suite": suite, "length": length, **_figures(tuple(members), full)}
+        for (method, suite, length), members in found.items()
+    ]
 
 
-def _row(cell: Cell, full: Mapping[tuple[Any, ...], Record]) -> dict[str, Any]:
-    n = len(cell.records)
-    sure = wilson(cell.score / 100, n)
-    row: dict[str, Any] = {
+def _row(cell: Cell, full: FullAnswers) -> dict[str, Any]:
+    named = {
         "method": cell.method,
+        "suite": cell.records[0].suite,
         "task": cell.task,
         "length": cell.length,
+    }
+    return named | _figures(cell.records, full)
+
+
+def _figures(records: Sequence[Record], full: FullAnswers) -> dict[str, Any]:
+    """Score, difference from full attention with its interval, and cost."""
+    n = len(records)
+    score = sum(record.score for record in records) / n
+    sure = wilson(score, n)
+    row: dict[str, Any] = {
         "n": n,
-        "haystacks": len({record.haystack for record in cell.records}),
-        "score": round(cell.score, 2),
+        "haystacks": len({(record.task, record.haystack) for record in records}),
+        "score": round(100 * score, 2),
         "score_low": round(100 * sure.low, 2),
         "score_high": round(100 * sure.high, 2),
     }
-    paired = None if cell.method == FULL else pair_with_full(cell.records, full)
+    paired = None if records[0].method == FULL else pair_with_full(records, full)
     if paired is not None:
         row |= {
             "difference": round(100 * paired.difference, 2),
@@ -99,7 +97,7 @@ def _row(cell: Cell, full: Mapping[tuple[Any, ...], Record]) -> dict[str, Any]:
             "mcnemar_p": round(paired.p_value, 5),
             "paired_n": paired.n,
         }
-    return row | _cost(cell.records)
+    return row | _cost(records)
 
 
 def _cost(records: Sequence[Record]) -> dict[str, Any]:
@@ -118,30 +116,10 @@ def _cost(records: Sequence[Record]) -> dict[str, Any]:
             "resident_share": round(sum(r.resident_share for r in records) / len(records), 5),
             "index_kinds": sorted({kind for record in records for kind in record.index_kinds}),
         }
+    densities = [r.prefill_density for r in records if r.prefill_density is not None]
+    if densities:
+        cost["prefill_density"] = round(sum(densities) / len(densities), 5)
     return cost
-
-
-def _add_target(report: Report, method: str, suite: str, paired: Comparison | None) -> None:
-    name = f"loss of {method} against full attention, {suite}"
-    if paired is None:
-        report.skip(name, "full attention answered none of the same questions")
-        return
-    if paired.full_mean == 0:
-        report.skip(name, f"full attention scores 0 on all {paired.n} questions: nothing to lose")
-        return
-    if paired.n < _QUESTIONS_MIN:
-        report.skip(name, f"{paired.n} questions are too few to tell; {_QUESTIONS_MIN} are needed")
-        return
-    limit = PUBLISHED_LOSS.get(suite, _OTHER_LOSS)
-    low, high = 100 * paired.interval.low, 100 * paired.interval.high
-    note = (
-        f"full attention {100 * paired.full_mean:.1f}, n {paired.n}, difference in "
-        f"[{low:.1f}, {high:.1f}] with 95% confidence"
-    )
-    if suite in PUBLISHED_LOSS:
-        note += "; the limit is RetrievalAttention's published loss"
-    loss = round(100 * (paired.full_mean - paired.mean), 2)
-    report.at_most(name, limit, loss, "points", note)
 
 
 def summary(report: Report) -> Report:
@@ -157,6 +135,7 @@ def summary(report: Report) -> Report:
             "attended": f"{row['attended_fraction']:.2%}" if "attended_fraction" in row else "",
         }
         for row in report.results
+        if "score" in row
     ]
     return dataclasses.replace(report, results=rows)
 

@@ -2,12 +2,14 @@
 
 The first line says what makes answers comparable: model, seed, essay and cluster settings. Answers
 of another configuration are never mixed in. Tasks, lengths, methods and n may grow from run to run.
+Lines {"elapsed_s": ...} between them add up to the time all runs together took.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,8 @@ class Record:
 
     haystack: index of the task's haystack of this length; question: of `questions` over it.
     score in [0, 1]. context_tokens, generated_tokens: counts. metadata: of the sample. work: None
-    for full attention. resident_share: KV on the worker / KV of all positions.
+    for full attention. resident_share: KV on the worker / KV of all positions. prefill_density:
+    (row, key) pairs attended / visible in the context's prefill, where it is known.
     """
 
     method: str
@@ -47,6 +50,7 @@ class Record:
     work: WorkFigures | None = None
     resident_share: float = 1.0
     index_kinds: tuple[str, ...] = ()
+    prefill_density: float | None = None
 
     @property
     def column(self) -> str:
@@ -68,6 +72,8 @@ class ResultsFile:
         # As JSON would give it back, so that the comparison with a file's first line is fair.
         self.configuration = json.loads(json.dumps(dict(configuration)))
         self._records: dict[Key, Record] = {}
+        self._elapsed_s = 0.0
+        self._since = time.monotonic()
         self._file: TextIO | None = None
 
     @property
@@ -75,12 +81,20 @@ class ResultsFile:
         """Every answer, old and new."""
         return tuple(self._records.values())
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that this run and those before it took, up to the last `tick`."""
+        return self._elapsed_s
+
     def __enter__(self) -> ResultsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = list(_whole_lines(self.path))
         if lines:
             self._check(lines[0])
             for line in lines[1:]:
+                if "elapsed_s" in line:
+                    self._elapsed_s += line["elapsed_s"]
+                    continue
                 record = _from_json(line)
                 self._records[record.key] = record
         # Rewritten without the half line that a killed run may have left.
@@ -89,6 +103,7 @@ class ResultsFile:
         partial.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines[1:]]))
         partial.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
+        self._since = time.monotonic()
         return self
 
     def __exit__(
@@ -98,15 +113,26 @@ class ResultsFile:
         trace: TracebackType | None,
     ) -> None:
         if self._file is not None:
+            self.tick()
             self._file.close()
             self._file = None
 
     def append(self, record: Record) -> None:
         """Keeps an answer; it is in the file when this returns."""
-        if self._file is None:
-            raise RuntimeError("ResultsFile.append needs `with`")
         self._records[record.key] = record
-        self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        self._write(dataclasses.asdict(record))
+
+    def tick(self) -> None:
+        """Keeps the time since the last tick, or since the file was opened."""
+        now = time.monotonic()
+        self._write({"elapsed_s": round(now - self._since, 3)})
+        self._elapsed_s += now - self._since
+        self._since = now
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is None:
+            raise RuntimeError("ResultsFile needs `with` before anything is written")
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def has(self, key: Key) -> bool:

@@ -66,8 +66,8 @@ def run(
 ) -> bool:
     """Asks what `store` has no answer for; False when the time limit left something unasked.
 
-    Each group of methods may use its share of the limit and what earlier groups left over; one
-    question is always finished.
+    Each group of methods may use its share of the limit and what earlier groups left over, and each
+    method its share of a haystack's time; one question is always asked and finished.
     """
     started = time.monotonic()
     groups = group_methods(plan.methods)
@@ -86,7 +86,8 @@ def run(
                     break
                 spec = Spec(length, index, plan.seed, encoder, plan.sources)
                 haystack = _Haystack(task, spec, watcher)
-                haystack.ask_all(answerers, store)
+                complete &= haystack.ask_all(answerers, store, deadline)
+                store.tick()
                 watcher.answered(len(group))
     return complete
 
@@ -108,34 +109,52 @@ class _Haystack:
         self._samples = task.samples(spec)
         self._where = (task.name, spec.length, spec.index)
 
-    def ask_all(self, answerers: Mapping[Method, AnyAnswerer], store: ResultsFile) -> None:
+    def ask_all(
+        self, answerers: Mapping[Method, AnyAnswerer], store: ResultsFile, deadline: float | None
+    ) -> bool:
+        """False when the deadline (monotonic) left questions unasked."""
+        started = time.monotonic()
+        complete = True
         context = self._samples[0].context_ids
         room = max(len(s.question_ids) + s.answer_tokens for s in self._samples)
         handles: list[tuple[AnyAnswerer, object]] = []
         try:
-            for method, answerer in answerers.items():
+            for count, (method, answerer) in enumerate(answerers.items(), 1):
                 if store.has_haystack(method.name, *self._where):
                     continue
                 label = f"{method.name}: {self._task.name} {self._spec.length} #{self._spec.index}"
                 handle = answerer.prefill(context, room, self._stage(label))
                 handles.append((answerer, handle))
-                self._ask(method, answerer, handle, store, label)
+                until = None
+                if deadline is not None:
+                    until = started + (deadline - started) * count / len(answerers)
+                complete &= self._ask(method, answerer, handle, store, label, until)
         finally:
             for answerer, handle in handles:
                 answerer.release(handle)
+        return complete
 
     def _stage(self, label: str) -> Callable[[str], None]:
         return lambda text: self._watcher.stage(f"{label}: {text}")
 
     def _ask(
-        self, method: Method, answerer: AnyAnswerer, handle: object, store: ResultsFile, label: str
-    ) -> None:
+        self,
+        method: Method,
+        answerer: AnyAnswerer,
+        handle: object,
+        store: ResultsFile,
+        label: str,
+        until: float | None,
+    ) -> bool:
         for number, sample in enumerate(self._samples):
             if store.has((method.name, *self._where, number)):
                 continue
+            if until is not None and number and time.monotonic() > until:
+                return False
             self._watcher.stage(f"{label}: question {number + 1} of {len(self._samples)}")
             answer = answerer.answer(handle, sample.question_ids, sample.answer_tokens)
             store.append(self._record(method, number, sample, answer))
+        return True
 
     def _record(self, method: Method, number: int, sample: Sample, answer: Answer) -> Record:
         text = self._spec.encoder.decode(answer.ids)
@@ -157,4 +176,5 @@ class _Haystack:
             work=answer.work,
             resident_share=round(answer.resident_share, 6),
             index_kinds=answer.index_kinds,
+            prefill_density=answer.prefill_density,
         )

@@ -46,7 +46,7 @@ def _over_lengths(members: Sequence[Cell]) -> str:
         own = [cell for cell in members if cell.method == method]
         at_length = [[cell for cell in own if cell.length == length] for length in lengths]
         rows.append([method, *(_average(found, tasks) for found in at_length)])
-    return _table(["average over tasks", *(short_length(n) for n in lengths)], rows)
+    return table(["average over tasks", *(short_length(n) for n in lengths)], rows)
 
 
 def _effective_lengths(members: Sequence[Cell]) -> str:
@@ -77,7 +77,7 @@ def _over_tasks(members: Sequence[Cell]) -> str:
         own = [by_key[method, task] for task in tasks if (method, task) in by_key]
         shown = [_shown(by_key.get((method, task))) for task in tasks]
         rows.append([method, *shown, _average(own, set(tasks))])
-    return _table(["method", *tasks, "average"], rows)
+    return table(["method", *tasks, "average"], rows)
 
 
 def _average(own: Sequence[Cell], tasks: set[str]) -> str:
@@ -105,10 +105,11 @@ def _against_full(report: Report) -> str:
             + [f"{row[name]:.2%}" if name in row else "" for name in work]
         )
     head = ["method", "task", "length", "n", "difference [95%]", "better", "worse", "McNemar p"]
-    return _table([*head, "scan", "sketch", "attended", "bytes"], rows) if rows else ""
+    return table([*head, "scan", "sketch", "attended", "bytes"], rows) if rows else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 

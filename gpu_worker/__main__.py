@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,6 +21,9 @@ from longreach.errors import InvalidRequest, LongreachError
 from longreach.logging import configure
 from longreach.process import wait_for_stop
 from longreach.rpc.membership import HeartbeatSender
+from longreach.rpc.tls import ChannelTls
+from longreach.security.peers import Role
+from longreach.security.tls import member_files
 
 _LOG = logging.getLogger("gpu_worker")
 _GRACE_S = 5.0
@@ -31,16 +36,25 @@ def run(config: WorkerConfig) -> None:
             "no cluster secret; set LONGREACH_CLUSTER_SECRET to the same random text on every "
             "service, so that the worker can check what the coordinator signed"
         )
+    files = member_files(config, Role.WORKER, config.worker_id)
+    if files is not None and files.identity is not None:
+        config = dataclasses.replace(config, worker_id=files.identity.member_id)
     if config.threads:
         torch.set_num_threads(config.threads)
     model = load_model(config.model, config.device, config.dtype)
     conformance = require_conformance(model)
     _LOG.info("model %s conforms to eager attention: %s", model.info.model, conformance)
-    engine = Engine(model, config)
+    engine = Engine(model, config, files)
+    # The model and its libraries are here to stay: a full collection in the middle of a step would
+    # walk all of their objects.
+    gc.collect()
+    gc.freeze()
     engine.start()
-    server, address, readiness = start_server(engine, config.listen)
+    server, address, readiness = start_server(engine, config.listen, files, config.health_listen)
     heartbeats = HeartbeatSender(
-        config.coordinator_addresses, worker_reports(config, address, engine.status)
+        config.coordinator_addresses,
+        worker_reports(config, address, engine.status),
+        tls=ChannelTls(files, lambda _: Role.COORDINATOR.server_name) if files else None,
     )
     readiness.set(True)
     heartbeats.start()

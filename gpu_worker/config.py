@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from longreach.config import setting
 from longreach.errors import InvalidRequest
+from longreach.security.tls import TlsSettings
 from longreach.types import STORAGE_DTYPES
 
 
 @dataclass(frozen=True)
-class WorkerConfig:
+class WorkerConfig(TlsSettings):
     """A GPU worker: runs the model with a small resident KV window; the rest lives on nodes."""
 
     listen: str = setting("127.0.0.1:0", "host:port to answer on; port 0 picks a free one")
@@ -36,9 +37,12 @@ class WorkerConfig:
         50, "how long a prefill chunk may hold the device while sessions decode"
     )
     prefill_pattern: str = setting(
-        "dense",
-        "attention of prefills: dense, a_shape, vertical_slash, block_sparse or adaptive, with\n"
-        "parameters as in vertical_slash:verticals=500,slashes=1500; part of a context's identity",
+        "adaptive",
+        "attention of prefills: adaptive (sparse; dense on short prompts), dense, a_shape,\n"
+        "dilated, strided, block_sparse, vertical_slash or the slow reference top_k, with\n"
+        "parameters as in vertical_slash:verticals=500,slashes=1500; minference takes the pattern\n"
+        "of each head from minference:file=PATH, or from the model's own patterns.json; part of\n"
+        "a context's identity",
     )
     step_deadline_ms: int = setting(30_000, "longest wait for retrieval nodes in one step")
     append_timeout_ms: int = setting(

@@ -7,6 +7,7 @@ thread that owns them; whatever waits for nodes outside the token path stays on 
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,25 +24,29 @@ from gpu_worker.model import Model, rss_bytes
 from gpu_worker.offload import Destination
 from gpu_worker.opening import Opened, Opener
 from gpu_worker.patterns.dense import Dense
-from gpu_worker.patterns.spec import canonical, parse_pattern
+from gpu_worker.patterns.spec import canonical, pattern_for_model
 from gpu_worker.resident import LocalSlab
 from gpu_worker.routes import plan_route
 from gpu_worker.sampling import check_sampling
 from gpu_worker.scheduler import DeviceThread
 from gpu_worker.session import Session
 from longreach.errors import IdentityMismatch, InvalidRequest, PermissionDenied, StaleEpoch
-from longreach.security import verify
+from longreach.rpc.retrieval import AppendStream, AttendStream, NodeClient
+from longreach.rpc.tls import ChannelTls
+from longreach.security import Role, TlsFiles, verify
+from longreach.security.peers import ServerNames
 from longreach.steps import PrefillProgress, StepOutcome, StepRow, WorkerStatus
 from longreach.types import Budget, Identity, SessionRecord, ShardMap
 
 
 class Engine:
-    """Serves one model. `start` before use, `stop` at the end."""
+    """Serves one model. `start` before use, `stop` at the end. With `files` it speaks to nodes by
+    mutual TLS, each known by its own name."""
 
-    def __init__(self, model: Model, config: WorkerConfig) -> None:
+    def __init__(self, model: Model, config: WorkerConfig, files: TlsFiles | None = None) -> None:
         self.model = model
         self._config = config
-        pattern = parse_pattern(config.prefill_pattern)
+        pattern = pattern_for_model(config.prefill_pattern, model.info)
         self._pattern = None if isinstance(pattern, Dense) else pattern
         self.info = replace(
             model.info, identity=replace(model.info.identity, prefill=canonical(pattern))
@@ -56,10 +61,18 @@ class Engine:
             device=model.device,
         )
         self._loop = asyncio.new_event_loop()
-        self._fanout = FanOut(model.layers, self._loop)
-        self._appends = Appends(model.layers)
+        self._node_names = ServerNames(Role.NODE)
+        self._tls = ChannelTls(files, self._node_names) if files else None
+        self._fanout = FanOut(
+            model.layers, self._loop, functools.partial(AttendStream, tls=self._tls)
+        )
+        self._appends = Appends(model.layers, functools.partial(AppendStream, tls=self._tls))
         self._opener = Opener(
-            model.layers, self._slab.kinds, self._slab.kind_of, config.window_tokens
+            model.layers,
+            self._slab.kinds,
+            self._slab.kind_of,
+            config.window_tokens,
+            functools.partial(NodeClient, tls=self._tls),
         )
         self._decoder = Decoder(
             model,
@@ -94,6 +107,7 @@ class Engine:
         """
         self._check_identity(to.identity)
         self._check_leave("write", to.capability, to.context_id, to.identity)
+        self._node_names.learn(to.shard_map.addresses)
         info = self.info
         if not 1 <= len(token_ids) <= info.max_positions:
             raise InvalidRequest(
@@ -108,7 +122,14 @@ class Engine:
             alone_target_s=self._config.prefill_chunk_ms / 1e3,
         )
         return Ingest(
-            self.model, self._device, to, token_ids, sizer, cancelled, self._pattern
+            self.model,
+            self._device,
+            to,
+            token_ids,
+            sizer,
+            cancelled,
+            self._pattern,
+            functools.partial(NodeClient, tls=self._tls),
         ).run()
 
     def open_session(
@@ -127,6 +148,7 @@ class Engine:
         """
         self._check_identity(identity)
         self._check_leave("read", capability, record.context_id, identity, record)
+        self._node_names.learn(shard_map.addresses)
         check_sampling(record.sampling)
         if not 0 <= min_coverage <= 1:
             raise InvalidRequest(f"min_coverage is {min_coverage}; it must be in [0, 1]")

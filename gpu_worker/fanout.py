@@ -27,11 +27,13 @@ from longreach.types import (
     StorageArray,
     WorkFigures,
 )
+from longreach.wire import NodeTiming
 
 SUSPECT_S = 5.0
 """How long a node that failed is asked only where no other node holds the shard."""
 REPLICA_AFTER_S = 2.0
 """How long to wait for a node before its rows go to another one that holds the shard."""
+_TURNS_MAX = 20
 
 T = TypeVar("T")
 
@@ -39,11 +41,14 @@ T = TypeVar("T")
 class NodeStream(Protocol):
     """The part of AttendStream that the fan-out uses."""
 
-    async def write(self, request: Any) -> None:
-        """Sends a request."""
+    @property
+    def unsent(self) -> int:
+        """Requests that have not left yet."""
 
-    async def read(self, request_id: int, timeout_s: float | None = None) -> Any:
-        """The reply to a request that was written."""
+    def submit(
+        self, request: Any, timeout_s: float, on_done: Callable[[], None]
+    ) -> asyncio.Future[Any]:
+        """The reply to come; the request leaves when the loop turns next."""
 
     async def close(self) -> None:
         """Ends the stream."""
@@ -141,22 +146,21 @@ class _Message:
 
     node_id: str
     address: str
-    request_id: int
     asks: list[_Ask]
-    writing: asyncio.Task[None] | None = None
+    reply: asyncio.Future[Any] | None = None
 
 
 class FanOut:
     """Retriever over retrieval nodes. Used by the thread that owns the device only, with its loop.
 
-    `open_stream` makes a node's stream from its address; tests pass their own.
+    `open_stream` makes a node's stream from its address and the loop; tests pass their own.
     """
 
     def __init__(
         self,
         layers: Sequence[LayerGeometry],
         loop: asyncio.AbstractEventLoop,
-        open_stream: Callable[[str], NodeStream] = AttendStream,
+        open_stream: Callable[[str, asyncio.AbstractEventLoop], NodeStream] = AttendStream,
     ) -> None:
         self.layers = tuple(layers)
         self._loop = loop
@@ -165,6 +169,7 @@ class FanOut:
         self._sessions: dict[str, NodeSession] = {}
         self._suspect_until: dict[str, float] = {}
         self._request_ids = itertools.count(1)
+        self._awaited: Sequence[asyncio.Future[Any]] = ()
 
     def attach(self, session_id: str, session: NodeSession) -> None:
         """Makes a session known."""
@@ -207,22 +212,37 @@ class FanOut:
         """Drives the loop until the work is done."""
         return self._loop.run_until_complete(work)
 
-    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Starts work that is awaited later; `turn` gets it under way."""
-        return self._loop.create_task(work)
-
     def turn(self) -> None:
-        """Turns the loop once: what was begun runs to its first wait.
+        """Turns the loop until what was submitted is with gRPC, whose own threads send it.
 
-        A write is then with gRPC, whose own threads send it: the device need not wait for them.
+        Nearly always one turn. More are needed when gRPC has yet to say that the stream's previous
+        write is complete; what does not leave soon (the cap on bytes in flight) leaves in `wait`.
         """
-        self._loop.call_soon(self._loop.stop)
-        self._loop.run_forever()
+        for _ in range(_TURNS_MAX):
+            self._loop.call_soon(self._loop.stop)
+            self._loop.run_forever()
+            if not any(stream.unsent for stream in self._streams.values()):
+                return
+
+    def wait(self, replies: Sequence[asyncio.Future[Any]]) -> None:
+        """Drives the loop until every reply has come, failed or expired.
+
+        No task and no gather: starting and ending those costs more than the replies themselves.
+        """
+        self._awaited = replies
+        while not all(reply.done() for reply in replies):
+            self._loop.run_forever()
+        self._awaited = ()
+
+    def arrived(self) -> None:
+        """Called by the streams when a reply has come, failed or expired."""
+        if self._awaited and all(reply.done() for reply in self._awaited):
+            self._loop.stop()
 
     def stream(self, address: str) -> NodeStream:
         """The one stream to a node."""
         if address not in self._streams:
-            self._streams[address] = self._open_stream(address)
+            self._streams[address] = self._open_stream(address, self._loop)
         return self._streams[address]
 
     def address_messages(self, asks: Sequence[_Ask]) -> list[_Message]:
@@ -242,9 +262,13 @@ class FanOut:
             ask.tried.add(node_id)
             if node_id not in messages:
                 address = ask.session.route.addresses[node_id]
-                messages[node_id] = _Message(node_id, address, next(self._request_ids), [])
+                messages[node_id] = _Message(node_id, address, [])
             messages[node_id].asks.append(ask)
         return list(messages.values())
+
+    def next_request_id(self) -> int:
+        """A number that no other request of this worker has."""
+        return next(self._request_ids)
 
     def suspect(self, node_id: str) -> None:
         """Prefers other nodes for a while."""
@@ -274,19 +298,20 @@ class _InFlight:
         self._messages: list[_Message] = []
 
     def write(self, asks: Sequence[_Ask]) -> None:
-        """Addresses the pieces to nodes and begins to write; `collect` hears of failures."""
+        """Addresses the pieces to nodes and sends; `collect` hears of failures."""
         self._messages = self._fanout.address_messages(asks)
         for message in self._messages:
-            message.writing = self._fanout.begin(self._write(message))
+            message.reply = self._submit(message)
         if self._messages:
             self._fanout.turn()
 
     def collect(self) -> Collected:
-        """Reads every reply, asking other nodes for what failed while there are any."""
-        node_s = 0.0
+        """Takes every reply, asking other nodes for what failed while there are any."""
+        slowest = NodeTiming()
         while self._messages:
-            reads = [self._read(message) for message in self._messages]
-            node_s += max(self._fanout.run(_together(reads)))
+            self._fanout.wait([message.reply for message in self._messages if message.reply])
+            timings = [self._take(message) for message in self._messages]
+            slowest = max([slowest, *timings], key=lambda timing: timing.total_s)
             self.write([ask for ask in self._asks if ask.may_go_on()])
         answers = [Retrieved() for _ in range(self._sessions)]
         geometry = self._fanout.layers[self._layer]
@@ -294,41 +319,40 @@ class _InFlight:
             itemsize = ask.queries.itemsize
             row_bytes = (geometry.head_dim + geometry.value_dim) * itemsize
             ask.report(answers[ask.number], row_bytes)
-        return Collected(answers, node_s)
+        return Collected(answers, slowest)
 
-    async def _write(self, message: _Message) -> None:
+    def _submit(self, message: _Message) -> asyncio.Future[Any] | None:
+        """The reply to come; None when the message cannot be made, and then its asks say why."""
+        request_id = self._fanout.next_request_id()
         rows = [ask.for_node(message.node_id) for ask in message.asks]
-        request = wire.attend_request(
-            message.request_id, self._layer, rows, self._scale, self._softcap
-        )
-        await self._fanout.stream(message.address).write(request)
-
-    async def _read(self, message: _Message) -> float:
-        """Takes one reply; returns the node's own time, seconds."""
         try:
-            if message.writing is not None:
-                await message.writing
-            response = await self._fanout.stream(message.address).read(
-                message.request_id, self._patience_s(message)
-            )
+            request = wire.attend_request(request_id, self._layer, rows, self._scale, self._softcap)
+            stream = self._fanout.stream(message.address)
+            return stream.submit(request, self._patience_s(message), self._fanout.arrived)
+        except LongreachError as error:
+            self._fail(message, error)
+            return None
+
+    def _take(self, message: _Message) -> NodeTiming:
+        """Takes one reply; returns the node's own times."""
+        if message.reply is None:
+            return NodeTiming()
+        try:
+            response = message.reply.result()
             results = wire.attend_results_from_proto(response, [ask.rows for ask in message.asks])
         except LongreachError as error:
-            self._fanout.suspect(message.node_id)
-            for ask in message.asks:
-                ask.error = error
-            return 0.0
+            self._fail(message, error)
+            return NodeTiming()
         for ask, result in zip(message.asks, results, strict=True):
             ask.take(message.node_id, result)
-        return wire.node_timing_from_proto(response).total_s
+        return wire.node_timing_from_proto(response)
+
+    def _fail(self, message: _Message, error: LongreachError) -> None:
+        self._fanout.suspect(message.node_id)
+        for ask in message.asks:
+            ask.error = error
 
     def _patience_s(self, message: _Message) -> float:
         remaining = max(0.0, self._deadline - time.monotonic())
         replicated = all(ask.untried() for ask in message.asks)
         return min(remaining, REPLICA_AFTER_S) if replicated else remaining
-
-
-async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Runs coroutines at once; one alone needs no task."""
-    if len(works) == 1:
-        return [await works[0]]
-    return list(await asyncio.gather(*works))

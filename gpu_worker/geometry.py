@@ -13,13 +13,18 @@ from longreach.errors import UnsupportedModel
 from longreach.types import LayerGeometry
 
 SUPPORTED_FAMILIES = (
-    "Llama",
+    "Llama 2, 3 and 3.1 and what has their form, such as Yi",
     "Qwen2",
+    "Qwen2.5",
     "Qwen3",
     "Mistral",
     "Phi-3",
+    "GLM-4",
     "Gemma 2",
     "Gemma 3",
+    "SmolLM3",
+    "Cohere 2",
+    "gpt-oss",
 )
 """Families held to eager attention by the tests; others are decided by the conformance gate."""
 

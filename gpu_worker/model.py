@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from gpu_worker.arrays import dtype_name, to_array, torch_dtype
@@ -70,6 +70,9 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> Model:
         raise InvalidRequest(f"cannot load a model from {source!r}: {error}") from error
     kind = torch_dtype(dtype) if dtype != "auto" else None
     disable_progress_bar()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = f"{config.model_type!r} is not a causal language model of transformers"
+        raise refuse(Path(source).name, reason)
     module = AutoModelForCausalLM.from_pretrained(source, dtype=kind or "auto")
     return prepare_model(module, source, where, config)
 

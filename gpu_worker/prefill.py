@@ -62,7 +62,9 @@ class PrefillJob:
     """One context being prefilled. Used by the thread that owns the device only.
 
     `pattern` is None for dense attention. `pairs_attended` and `pairs_visible` count the (row, key)
-    pairs of the layers that it served; their ratio is the density that was really run.
+    pairs of the layers that it served; their ratio is the density that was really run. `calls`:
+    what each layer asked of its attention, once it ran. `query_positions` ascending: whose queries
+    are kept; None for a sample that serves indexes.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class PrefillJob:
         sizer: ChunkSizer,
         point: Point = lambda layer, tokens_done: False,
         pattern: Pattern | None = None,
+        query_positions: IntArray | None = None,
     ) -> None:
         self.token_ids = token_ids
         self.tokens = len(token_ids)
@@ -83,7 +86,10 @@ class PrefillJob:
         self.pattern = pattern
         self.pairs_attended = 0
         self.pairs_visible = 0
-        self._positions = sample_positions(self.tokens)
+        self.calls: dict[int, LayerCall] = {}
+        self._positions = (
+            sample_positions(self.tokens) if query_positions is None else query_positions
+        )
         self._sampled: list[StorageArray] = []
         self._buffers: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -155,7 +161,7 @@ class _PrefillLayer(CacheLayerMixin):  # type: ignore[misc]
         self._last_queries: torch.Tensor | None = None
         self._probed: object = None
         pattern = None if job.layers[layer].sliding_window else job.pattern
-        self._pattern = pattern
+        self._pattern = pattern = None if pattern is None else pattern.for_layer(layer)
         self.sweeps = 2 if pattern is not None and pattern.needs == "prompt" else 1
 
     def begin(self, sweep: int) -> None:
@@ -190,6 +196,7 @@ class _PrefillLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def attend(self, queries: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Causal attention of the chunk's queries [q_heads, chunk, d]."""
+        self._job.calls[self._layer] = call
         if self._sweep == 0:
             self._job.sample(self._layer, self._start, queries)
         if self._sweep < self.sweeps - 1:

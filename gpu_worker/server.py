@@ -12,10 +12,14 @@ import grpc
 from gpu_worker.engine import Engine
 from gpu_worker.offload import Destination
 from longreach import wire
-from longreach.errors import InvalidRequest, Unavailable
+from longreach.errors import InvalidRequest
+from longreach.rpc.authorization import Authorization, Policy
 from longreach.rpc.channels import server_options
 from longreach.rpc.health import Readiness, serve_health
 from longreach.rpc.status import map_errors
+from longreach.rpc.tls import open_port
+from longreach.security.peers import Role
+from longreach.security.tls import TlsFiles
 from longreach.steps import StepOutcome, StepRowResult, StepTiming
 from longreach.v1 import worker_pb2 as pb
 from longreach.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
@@ -23,6 +27,8 @@ from longreach.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServic
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
+POLICY = Policy({SERVICE_NAME: frozenset({Role.COORDINATOR})})
+"""Who may call a worker where TLS is on."""
 SERVER_THREADS = 64
 """Concurrent RPCs; an open Step stream or a running Prefill takes one."""
 
@@ -95,21 +101,24 @@ class WorkerServer(WorkerServiceServicer):
         return wire.worker_status_to_proto(self._engine.status())
 
 
-def start_server(engine: Engine, listen: str) -> tuple[grpc.Server, str, Readiness]:
+def start_server(
+    engine: Engine, listen: str, files: TlsFiles | None = None, health_listen: str = ""
+) -> tuple[grpc.Server, str, Readiness]:
     """Starts to answer on `listen`; returns the server, its host:port and the readiness switch.
 
-    Raises Unavailable when the address cannot be bound.
+    With `files` by mutual TLS, and health checks in plain text on `health_listen` if given. Raises
+    Unavailable when an address cannot be bound.
     """
     server = grpc.server(
         ThreadPoolExecutor(SERVER_THREADS, thread_name_prefix="rpc"),
+        interceptors=[Authorization(POLICY)] if files else [],
         options=server_options(),
         maximum_concurrent_rpcs=SERVER_THREADS,
     )
     add_WorkerServiceServicer_to_server(WorkerServer(engine), server)
     readiness = serve_health(server, (SERVICE_NAME,))
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise Unavailable(f"cannot listen on {listen}: {error}") from None
+    address = open_port(server, listen, files)
+    if files and health_listen:
+        open_port(server, health_listen, None)
     server.start()
-    return server, f"{listen.rpartition(':')[0]}:{port}", readiness
+    return server, address, readiness

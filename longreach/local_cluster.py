@@ -1,11 +1,12 @@
 """A whole cluster on this machine: a coordinator, workers and nodes as processes of their own.
 
     with LocalCluster("models/demo", nodes=2) as cluster:
-        client = Client(cluster.address)
+        client = cluster.client()
 
 Everything lives under `data_dir`: the coordinator's catalog, the nodes' snapshots, one log per
-process and the cluster's secret. A second cluster over the same directory finds the contexts of the
-first. Nothing outlives the process that started it: members exit with their parent.
+process, the cluster's secret and, with TLS, its certificates. A second cluster over the same
+directory finds the contexts of the first. Nothing outlives the process that started it: members
+exit with their parent.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +28,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from longreach.errors import InvalidRequest, LongreachError, Unavailable
 from longreach.rpc.channels import sync_channel
+from longreach.rpc.tls import ChannelTls
 from longreach.sdk import Client
+from longreach.security.authority import Authority, MemberFiles
+from longreach.security.peers import PeerIdentity, Role
+from longreach.security.tls import client_files
 
 DEFAULT_DATA_DIR = Path(".longreach")
 
@@ -35,6 +41,8 @@ _SERVICE = "longreach.v1.GenerationService"
 _POLL_S = 0.05
 _LOG_TAIL_LINES = 20
 _SETTLE_S = 15.0
+_CLIENT_ID = "local-client"
+_WILDCARDS = ("", "0.0.0.0", "[::]", "::")
 
 
 @dataclass
@@ -149,7 +157,10 @@ class LocalCluster:
     model: a directory or hub name that every worker loads. nodes, workers: how many of each.
     data_dir: kept between runs. listen: the coordinator's address, port 0 for a free one.
     node_flags, worker_flags, coordinator_flags: further service flags, by config field name.
-    start_timeout_s: how long the members may take until the coordinator is ready.
+    coordinators: how many; several share a catalog, named by the coordinator flag `catalog`, and
+    the first listens at `listen`. tls: every connection by mutual TLS, certificates by an authority
+    of the cluster's own. start_timeout_s: how long the members may take until the coordinators are
+    ready.
     """
 
     def __init__(
@@ -158,18 +169,22 @@ class LocalCluster:
         *,
         nodes: int = 2,
         workers: int = 1,
+        coordinators: int = 1,
         data_dir: str | os.PathLike[str] = DEFAULT_DATA_DIR,
         listen: str = "127.0.0.1:0",
         node_flags: Mapping[str, object] | None = None,
         worker_flags: Mapping[str, object] | None = None,
         coordinator_flags: Mapping[str, object] | None = None,
+        tls: bool = False,
         start_timeout_s: float = 120.0,
     ) -> None:
-        if nodes < 1 or workers < 1:
+        if nodes < 1 or workers < 1 or coordinators < 1:
             raise InvalidRequest(
-                f"a cluster of {nodes} nodes and {workers} workers; it needs at least one of each"
+                f"a cluster of {coordinators} coordinators, {nodes} nodes and {workers} workers; "
+                "it needs at least one of each"
             )
         self.data_dir = Path(data_dir).absolute()
+        self._authority = _authority(self.data_dir / "tls") if tls else None
         self._model = os.fspath(model)
         self._start_timeout_s = start_timeout_s
         self._extra = {
@@ -177,7 +192,10 @@ class LocalCluster:
             "gpu_worker": worker_flags or {},
             "coordinator": coordinator_flags or {},
         }
-        self._members = {"coordinator": self._coordinator(listen)}
+        self._coordinators = [self._coordinator("coordinator", listen)]
+        for index in range(1, coordinators):
+            self._coordinators.append(self._coordinator(f"coordinator-{index}", "127.0.0.1:0"))
+        self._members = {member.name: member for member in self._coordinators}
         for index in range(workers):
             member = self._worker(f"worker-{index}")
             self._members[member.name] = member
@@ -187,12 +205,40 @@ class LocalCluster:
 
     @property
     def address(self) -> str:
-        """The coordinator's host:port, for a Client."""
+        """The first coordinator's host:port."""
         return self._members["coordinator"].address
 
     @property
+    def environment(self) -> dict[str, str]:
+        """What a `longreach` command needs to find this cluster, as environment variables."""
+        files = self._client_files()
+        tls = (
+            {}
+            if files is None
+            else {
+                "LONGREACH_TLS_CERT": str(files.certificate),
+                "LONGREACH_TLS_KEY": str(files.key),
+                "LONGREACH_TLS_CA": str(files.ca),
+            }
+        )
+        return {"LONGREACH_ADDRESS": self.address, **tls}
+
+    def client(self, coordinator: str = "coordinator", *, timeout_s: float | None = None) -> Client:
+        """A client of a coordinator of this cluster; close it."""
+        address, files = self.process(coordinator).address, self._client_files()
+        if files is None:
+            return Client(address, timeout_s=timeout_s)
+        return Client(
+            address,
+            timeout_s=timeout_s,
+            tls_cert=str(files.certificate),
+            tls_key=str(files.key),
+            tls_ca=str(files.ca),
+        )
+
+    @property
     def members(self) -> tuple[MemberProcess, ...]:
-        """Coordinator, workers, nodes."""
+        """Coordinators, workers, nodes."""
         return tuple(self._members.values())
 
     def process(self, name: str) -> MemberProcess:
@@ -212,12 +258,12 @@ class LocalCluster:
         """
         deadline = time.monotonic() + self._start_timeout_s
         (self.data_dir / "logs").mkdir(parents=True, exist_ok=True)
-        coordinator, *others = self.members
+        others = self.members[len(self._coordinators) :]
         try:
-            self._launch([coordinator])
-            coordinator.wait_announced(deadline)
+            self._launch(self._coordinators)
+            addresses = [member.wait_announced(deadline) for member in self._coordinators]
             for member in others:
-                member.flags["--coordinators"] = coordinator.address
+                member.flags["--coordinators"] = ",".join(addresses)
             self._launch(others)
             for member in others:
                 member.wait_announced(deadline)
@@ -265,7 +311,25 @@ class LocalCluster:
         self.stop()
 
     def _is_ready(self) -> bool:
-        return _is_serving(self.address) and not self._absent()
+        return all(
+            self._is_serving(member.address) and not self._absent(member.name)
+            for member in self._coordinators
+        )
+
+    def _is_serving(self, address: str) -> bool:
+        """Whether the coordinator there says that it can serve generations."""
+        files = self._client_files()
+        tls = None
+        if files is not None:
+            own = client_files(str(files.certificate), str(files.key), str(files.ca))
+            tls = ChannelTls(own) if own else None
+        with sync_channel(address, tls=tls) as channel:
+            request = health_pb2.HealthCheckRequest(service=_SERVICE)
+            try:
+                reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+            except grpc.RpcError:
+                return False
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _wait_settled(self) -> None:
         """Gives the contexts of an earlier run a moment to be found on the nodes again.
@@ -273,15 +337,15 @@ class LocalCluster:
         One that stays out of reach (its node is not part of this cluster) keeps no one waiting.
         """
         deadline = time.monotonic() + _SETTLE_S
-        with Client(self.address, timeout_s=5) as client:
+        with self.client(timeout_s=5) as client:
             while any(each.state == "unavailable" for each in client.contexts.list()):
                 if time.monotonic() > deadline:
                     return
                 time.sleep(_POLL_S)
 
-    def _absent(self) -> list[str]:
-        expected = {member.address for member in self.members[1:]}
-        with Client(self.address, timeout_s=5) as client:
+    def _absent(self, coordinator: str = "coordinator") -> list[str]:
+        expected = {member.address for member in self.members[len(self._coordinators) :]}
+        with self.client(coordinator, timeout_s=5) as client:
             alive = {each.address for each in client.status().members if each.state == "alive"}
         return sorted(expected - alive)
 
@@ -298,16 +362,43 @@ class LocalCluster:
         for member in members:
             member.start()
 
-    def _coordinator(self, listen: str) -> MemberProcess:
-        own = {"data_dir": self.data_dir / "coordinator"}
-        return self._member("coordinator", "coordinator", own, listen=listen)
+    def _coordinator(self, name: str, listen: str) -> MemberProcess:
+        coordinator_id = "coordinator-0" if name == "coordinator" else name
+        own = {
+            "data_dir": self.data_dir / name,
+            "coordinator_id": coordinator_id,
+            **self._tls_flags(Role.COORDINATOR, coordinator_id, listen),
+        }
+        return self._member(name, "coordinator", own, listen=listen)
 
     def _worker(self, name: str) -> MemberProcess:
-        return self._member(name, "gpu_worker", {"worker_id": name, "model": self._model})
+        own = {"worker_id": name, "model": self._model, **self._tls_flags(Role.WORKER, name)}
+        return self._member(name, "gpu_worker", own)
 
     def _node(self, name: str) -> MemberProcess:
-        own = {"node_id": name, "snapshot_dir": self.data_dir / "snapshots" / name}
+        own = {
+            "node_id": name,
+            "snapshot_dir": self.data_dir / "snapshots" / name,
+            **self._tls_flags(Role.NODE, name),
+        }
         return self._member(name, "retrieval_node", own)
+
+    def _tls_flags(self, role: Role, member_id: str, listen: str = "") -> dict[str, object]:
+        """The member's certificate, issued anew, as flags; nothing without TLS."""
+        if self._authority is None:
+            return {}
+        host = listen.rpartition(":")[0]
+        hosts = [socket.gethostname(), *([host] if host not in _WILDCARDS else [])]
+        files = self._authority.issue(PeerIdentity(role, member_id), hosts)
+        return {"tls_cert": files.certificate, "tls_key": files.key, "tls_ca": files.ca}
+
+    def _client_files(self) -> MemberFiles | None:
+        if self._authority is None:
+            return None
+        files = self._authority.files(_CLIENT_ID)
+        if not files.certificate.exists():
+            self._authority.issue(PeerIdentity(Role.CLIENT, _CLIENT_ID))
+        return files
 
     def _member(
         self, name: str, package: str, own: Mapping[str, object], listen: str = "127.0.0.1:0"
@@ -332,15 +423,8 @@ class LocalCluster:
         return path.read_text()
 
 
-def _is_serving(address: str) -> bool:
-    """Whether the coordinator there says that it can serve generations."""
-    with sync_channel(address) as channel:
-        request = health_pb2.HealthCheckRequest(service=_SERVICE)
-        try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
-        except grpc.RpcError:
-            return False
-    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+def _authority(folder: Path) -> Authority:
+    return Authority.open(folder) if (folder / "ca.key").exists() else Authority.create(folder)
 
 
 def raise_on_sigterm() -> None:

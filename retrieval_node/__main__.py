@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+# Read once, when NumPy and faiss load their BLAS. Index builds call it from --build-threads threads
+# of low priority; more threads of its own would spin on the cores that searches need.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import dataclasses
 import logging
 import sys
 import threading
@@ -13,6 +21,9 @@ from longreach.errors import LongreachError
 from longreach.logging import configure
 from longreach.process import wait_for_stop
 from longreach.rpc.membership import HeartbeatSender
+from longreach.rpc.tls import ChannelTls
+from longreach.security.peers import Role
+from longreach.security.tls import member_files
 from retrieval_node import kernel
 from retrieval_node.builds import Builder
 from retrieval_node.config import NodeConfig
@@ -31,19 +42,27 @@ def build_store(config: NodeConfig) -> Store:
     """The store that a configuration asks for, empty."""
     kernel.set_threads(config.search_threads)
     memory = MemoryBudget(config.memory_limit)
+    snapshots = None
+    if config.snapshot_dir:
+        snapshots = Snapshots(Path(config.snapshot_dir), config.index_kind)
     return Store(
         secret=config.cluster_secret.encode(),
         memory=memory,
         builder=Builder(memory, config.index_kind, config.build_threads),
-        snapshots=Snapshots(Path(config.snapshot_dir)) if config.snapshot_dir else None,
+        snapshots=snapshots,
         isa=kernel.isa(),
     )
 
 
 def run(config: NodeConfig) -> None:
     """Serves until told to stop."""
+    files = member_files(config, Role.NODE, config.node_id)
+    if files is not None and files.identity is not None:
+        config = dataclasses.replace(config, node_id=files.identity.member_id)
     store = build_store(config)
-    server, address, readiness = start_server(store, config.listen, config.max_streams)
+    server, address, readiness = start_server(
+        store, config.listen, config.max_streams, files, config.health_listen
+    )
     loaded = store.load_snapshots()
     _LOG.info(
         "node on %s: %d bytes, %s kernel, %s index, %d shards from snapshots",
@@ -54,7 +73,9 @@ def run(config: NodeConfig) -> None:
         loaded,
     )
     heartbeats = HeartbeatSender(
-        config.coordinator_addresses, node_reports(config, address, store.stats)
+        config.coordinator_addresses,
+        node_reports(config, address, store.stats),
+        tls=ChannelTls(files, lambda _: Role.COORDINATOR.server_name) if files else None,
     )
     stopping = threading.Event()
     _repeat(lambda: store.expire(config.fill_timeout_s, config.session_timeout_s), stopping)

@@ -1,4 +1,8 @@
-"""Indexes of a shard: one that answers at once, and better ones built in the background."""
+"""Indexes of a shard: one that answers at once, and better ones built in the background.
+
+A build that fails is given up for good: the shard goes on answering with the index it has, the
+status says why, and nobody has to wait for it any longer.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from longreach.errors import Cancelled, LongreachError
 from longreach.types import IndexStatus, QuerySample
@@ -19,6 +23,9 @@ from retrieval_node.shard import SealedShard
 _LOG = logging.getLogger(__name__)
 FIRST_KIND = "flat"
 """The kind that answers from the moment of the seal; it needs no build."""
+
+OnBuilt = Callable[[int], None]
+"""`on_built(layer)`: told on the builder's thread when a layer's index answers."""
 
 
 class ShardIndexes:
@@ -136,7 +143,7 @@ class Builder:
         self.kind = kind
         INDEX_KINDS[kind]  # an unknown kind fails at start, not at the first seal
         self._memory = memory
-        self._jobs: queue.SimpleQueue[tuple[weakref.ref[ShardIndexes], int] | None]
+        self._jobs: queue.SimpleQueue[tuple[weakref.ref[ShardIndexes], int, OnBuilt] | None]
         self._jobs = queue.SimpleQueue()
         self._unfinished = 0
         self._idle = threading.Condition()
@@ -147,13 +154,13 @@ class Builder:
         for thread in self._threads:
             thread.start()
 
-    def start(self, indexes: ShardIndexes) -> None:
-        """Queues the builds of a shard's layers."""
+    def start(self, indexes: ShardIndexes, on_built: OnBuilt = lambda layer: None) -> None:
+        """Queues the builds of a shard's layers. `on_built` must not keep the shard alive."""
         layers = indexes.pending
         with self._idle:
             self._unfinished += len(layers)
         for layer in layers:
-            self._jobs.put((weakref.ref(indexes), layer))
+            self._jobs.put((weakref.ref(indexes), layer, on_built))
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Waits until no build is waiting or running; False when the time runs out first."""
@@ -175,16 +182,21 @@ class Builder:
         if job is None:
             return False
         try:
-            indexes, layer = job[0](), job[1]
-            if indexes is not None and not indexes.cancelled.is_set():
-                self._build(indexes, layer)
+            indexes, layer, on_built = job[0](), job[1], job[2]
+            if (
+                indexes is not None
+                and not indexes.cancelled.is_set()
+                and self._build(indexes, layer)
+            ):
+                on_built(layer)
         finally:
             with self._idle:
                 self._unfinished -= 1
                 self._idle.notify_all()
         return True
 
-    def _build(self, indexes: ShardIndexes, layer: int) -> None:
+    def _build(self, indexes: ShardIndexes, layer: int) -> bool:
+        """Whether the layer has its index now."""
         sealed = indexes.sealed
         name = f"{self.kind} index of shard {sealed.shard.shard_id!r}, layer {layer}"
         control = BuildControl(
@@ -197,7 +209,7 @@ class Builder:
             )
             memory = self._memory.reserve(Use.INDEX, index.index_bytes, name)
         except Cancelled:
-            return
+            return False
         except LongreachError as error:
             _LOG.warning("no %s: %s", name, error.message)
             indexes.failed(layer, error.message)
@@ -206,3 +218,5 @@ class Builder:
             indexes.failed(layer, f"{type(error).__name__}: {error}")
         else:
             indexes.finished(layer, index, memory, time.thread_time() - began)
+            return True
+        return False

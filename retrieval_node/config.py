@@ -8,12 +8,18 @@ from dataclasses import dataclass
 
 from longreach.config import setting
 from longreach.errors import InvalidRequest
+from longreach.security.tls import TlsSettings
 
 _SHARE_OF_MEMORY = 0.8
+# Control groups of version 2, then of version 1.
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 
 
 @dataclass(frozen=True)
-class NodeConfig:
+class NodeConfig(TlsSettings):
     """A retrieval node: stores KV, searches it and answers partial attention."""
 
     listen: str = setting("127.0.0.1:0", "host:port to answer on; port 0 picks a free one")
@@ -84,9 +90,11 @@ class NodeConfig:
 
 def _memory_of_process() -> int:
     """Bytes of memory this process may use: its control group's limit, else the machine's."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-            return min(machine, int(limit.read()))
-    except (OSError, ValueError):
-        return machine
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CGROUP_LIMITS:
+        try:
+            with open(path, encoding="ascii") as limit:
+                limits.append(int(limit.read()))
+        except (OSError, ValueError):  # another version of control groups, or "max": no limit
+            continue
+    return min(limits)

@@ -6,13 +6,15 @@ import functools
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from longreach.types import BFLOAT16, StorageArray
-from retrieval_node.index.base import LayerKv
+
+if TYPE_CHECKING:  # The index kinds write files, and files need this module.
+    from retrieval_node.index.base import LayerKv
 
 _EXPONENT_BITS: dict[np.dtype[Any], int] = {np.dtype(np.float16): 0x7C00, BFLOAT16: 0x7F80}
 _POLYNOMIAL = 0xEDB88320

@@ -101,6 +101,19 @@ def threads() -> int:
     return int(_native.threads())
 
 
+@dataclass(frozen=True, slots=True)
+class KvRows:
+    """K and V of one layer, and the rows that read them.
+
+    keys [kv_heads, n, head_dim], values [kv_heads, n, value_dim], one storage dtype; they may be
+    views whose last axis is dense.
+    """
+
+    keys: StorageArray
+    values: StorageArray
+    batch: Sequence[KernelRows]
+
+
 def attend_exact(
     keys: StorageArray,
     values: StorageArray,
@@ -108,18 +121,29 @@ def attend_exact(
     scale: float,
     softcap: float = 0.0,
 ) -> list[PartialAttention]:
-    """Exact attention over keys [kv_heads, n, head_dim] and values [kv_heads, n, value_dim].
-
-    K and V may be views whose last axis is dense. Returns output [rows, heads, group, value_dim]
-    and lse [rows, heads, group] per entry. Raises ValueError when shapes or scopes do not fit.
-    """
-    parts = [_empty(rows.queries, values.shape[-1]) for rows in batch]
-    entries = [
-        (_floats(rows.queries), rows.kv_head_start, rows.start, rows.stop, part.output, part.lse)
-        for rows, part in zip(batch, parts, strict=True)
-    ]
-    _native.attend_exact(*_storage(keys, values), entries, scale, softcap)
+    """`attend_exact_pairs` for rows that all read the same K and V."""
+    [parts] = attend_exact_pairs([KvRows(keys, values, batch)], scale, softcap)
     return parts
+
+
+def attend_exact_pairs(
+    pairs: Sequence[KvRows], scale: float, softcap: float = 0.0
+) -> list[list[PartialAttention]]:
+    """Exact attention of each pair's rows over its own K and V: one call into the module.
+
+    Pairs may differ in everything: length, heads, dimensions and dtype. Returns, per pair, output
+    [rows, heads, group, value_dim] and lse [rows, heads, group] of each entry. Raises ValueError
+    when shapes or scopes do not fit; no pair is answered then.
+    """
+    answers = [
+        [_empty(rows.queries, pair.values.shape[-1]) for rows in pair.batch] for pair in pairs
+    ]
+    given = [
+        (*_storage(pair.keys, pair.values), _exact_entries(pair.batch, parts))
+        for pair, parts in zip(pairs, answers, strict=True)
+    ]
+    _native.attend_exact(given, scale, softcap)
+    return answers
 
 
 def attend_scope(
@@ -227,28 +251,48 @@ def encode_sketch(
     return codes, summaries
 
 
-def attend_sketch(
-    keys: StorageArray,
-    values: StorageArray,
-    heads: Sequence[SketchCode],
-    batch: Sequence[KernelRows],
-    scale: float,
-    softcap: float = 0.0,
-    *,
-    want_selected: bool = False,
-) -> list[BudgetedAnswer]:
-    """Each entry's budget over the keys that the sketches of the layer's KV heads find.
+class SketchLayer:
+    """K, V and the sketches of a layer's KV heads, handed to the module again and again.
 
-    The keys found are scored exactly before the budget applies. With a tail estimate, all keys
-    found join the softmax (what was read exactly beats its estimate) and the others stand in by
-    their codes and the mean value of their 64 keys.
+    What does not change between calls is turned into the module's arguments once: a call on the
+    token path comes with cold caches, where every Python object touched counts.
     """
-    answers = [_empty_answer(rows, values.shape[-1]) for rows in batch]
-    codes = [(head.eight, head.four, head.codes, head.summaries, head.model) for head in heads]
-    lists = _native.attend_sketch(
-        *_storage(keys, values), codes, _entries(batch, answers), scale, softcap, want_selected
-    )
-    return _with_selected(answers, lists) if want_selected else answers
+
+    def __init__(
+        self, keys: StorageArray, values: StorageArray, heads: Sequence[SketchCode]
+    ) -> None:
+        self._storage = _storage(keys, values)
+        self._value_dim = values.shape[-1]
+        self._codes = [
+            (head.eight, head.four, head.codes, head.summaries, head.model) for head in heads
+        ]
+
+    def attend(
+        self,
+        batch: Sequence[KernelRows],
+        scale: float,
+        softcap: float = 0.0,
+        *,
+        want_selected: bool = False,
+    ) -> list[BudgetedAnswer]:
+        """Each entry's budget over the keys that the sketches find.
+
+        The keys found are scored exactly before the budget applies. With a tail estimate, all keys
+        found join the softmax (what was read exactly beats its estimate) and the others stand in
+        by their codes and the mean value of their 64 keys.
+        """
+        answers = [_empty_answer(rows, self._value_dim) for rows in batch]
+        lists = _native.attend_sketch(
+            *self._storage, self._codes, _entries(batch, answers), scale, softcap, want_selected
+        )
+        return _with_selected(answers, lists) if want_selected else answers
+
+
+def _exact_entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention]) -> list[Any]:
+    return [
+        (_floats(rows.queries), rows.kv_head_start, rows.start, rows.stop, part.output, part.lse)
+        for rows, part in zip(batch, parts, strict=True)
+    ]
 
 
 def _entries(batch: Sequence[KernelRows], answers: Sequence[BudgetedAnswer]) -> list[Any]:

@@ -11,10 +11,14 @@ import grpc
 import numpy as np
 
 from longreach import wire
-from longreach.errors import Internal, InvalidRequest, LongreachError, Unavailable
+from longreach.errors import Internal, InvalidRequest, LongreachError
+from longreach.rpc.authorization import Authorization, Policy
 from longreach.rpc.channels import server_options
 from longreach.rpc.health import Readiness, serve_health
 from longreach.rpc.status import map_errors
+from longreach.rpc.tls import open_port
+from longreach.security.peers import Role
+from longreach.security.tls import TlsFiles
 from longreach.types import AttendResult, AttendRows
 from longreach.v1 import retrieval_pb2 as pb
 from longreach.v1.retrieval_pb2_grpc import (
@@ -26,6 +30,8 @@ from retrieval_node.store import PutStream, Store
 
 _LOG = logging.getLogger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
+POLICY = Policy({SERVICE_NAME: frozenset({Role.WORKER, Role.COORDINATOR})})
+"""Who may call a node where TLS is on."""
 
 
 class RetrievalServer(RetrievalServiceServicer):
@@ -92,7 +98,11 @@ class RetrievalServer(RetrievalServiceServicer):
         self, request: pb.CloseSessionRequest, context: grpc.ServicerContext
     ) -> pb.CloseSessionResponse:
         """Ends a session."""
-        return pb.CloseSessionResponse(bytes_freed=self._store.close_session(request.handle))
+        if request.session_id:
+            freed = self._store.close_session_id(request.session_id, request.capability)
+        else:
+            freed = self._store.close_session(request.handle)
+        return pb.CloseSessionResponse(bytes_freed=freed)
 
     @map_errors
     def Attend(  # noqa: N802
@@ -196,21 +206,31 @@ def _refusal(error: Exception, method: str) -> LongreachError:
     return Internal(f"{method} failed with {type(error).__name__}; the trace is in the node's log")
 
 
-def start_server(store: Store, listen: str, max_streams: int) -> tuple[grpc.Server, str, Readiness]:
+def start_server(
+    store: Store,
+    listen: str,
+    max_streams: int,
+    files: TlsFiles | None = None,
+    health_listen: str = "",
+) -> tuple[grpc.Server, str, Readiness]:
     """Starts to answer on `listen`; returns the server, its address and the readiness switch.
+
+    With `files` by mutual TLS, and health checks in plain text on `health_listen` if given.
 
     An open stream pins a thread, so there are as many threads as RPCs are allowed at once; one
     more is refused with RESOURCE_EXHAUSTED instead of waiting.
     """
     pool = ThreadPoolExecutor(max_streams, thread_name_prefix="rpc")
-    server = grpc.server(pool, options=server_options(), maximum_concurrent_rpcs=max_streams)
+    server = grpc.server(
+        pool,
+        interceptors=[Authorization(POLICY)] if files else [],
+        options=server_options(),
+        maximum_concurrent_rpcs=max_streams,
+    )
     add_RetrievalServiceServicer_to_server(RetrievalServer(store), server)
     readiness = serve_health(server, [SERVICE_NAME])
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise Unavailable(
-            f"cannot listen on {listen}: {error}; choose a free port or 127.0.0.1:0"
-        ) from None
+    address = open_port(server, listen, files)
+    if files and health_listen:
+        open_port(server, health_listen, None)
     server.start()
-    return server, f"{listen.rpartition(':')[0]}:{port}", readiness
+    return server, address, readiness

@@ -147,6 +147,14 @@ class SessionTable:
             session = self.get(handle)
             return self._end(session, "the session was closed; open it again")
 
+    def close_id(self, session_id: str) -> int:
+        """Ends a session by id, if there is one; returns the bytes of tail freed."""
+        with self._lock:
+            session = self._by_id.get(session_id)
+            if session is None:
+                return 0
+            return self._end(session, "the session was closed by its coordinator; open it again")
+
     def end_of_context(self, context_id: str) -> int:
         """Ends every session on a context that is being dropped; returns the bytes freed."""
         with self._lock:

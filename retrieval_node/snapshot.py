@@ -1,75 +1,65 @@
-"""Sealed shards on the node's disk, so that a restarted node serves them again.
+"""Sealed shards and their indexes on the node's disk, so that a restarted node serves them again.
 
-A shard is one file, written under a temporary name, synced and renamed: under its own name it is
-whole. Loading reads into memory and checks the checksum made at the seal, so the token path never
-waits for the disk and damaged data is never served. Tails are not snapshotted; they live in memory.
+A shard is one file, and so is the index of each of its layers; see docs/formats.md. Each is written
+under a temporary name, synced and renamed: under its own name it is whole. Loading reads into
+memory and checks the checksum made at the seal, so the token path never waits for the disk and
+damaged data is never served. An index file that cannot be used costs its layer a build, no more.
+Tails are not snapshotted; they live in memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import queue
 import secrets
 import threading
 import weakref
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from longreach.errors import LongreachError, ResourceExhausted
-from longreach.types import Identity, LayerGeometry, QuerySample, Shard, Span, storage_dtype
+from longreach.errors import FailedPrecondition, LongreachError, ResourceExhausted
+from longreach.types import QuerySample
 from retrieval_node.background import lower_priority
 from retrieval_node.contexts import Served
-from retrieval_node.integrity import raw_bytes
-from retrieval_node.memory import MemoryBudget, Reservation, Use
-from retrieval_node.shard import (
-    SealedShard,
-    allocate_layers,
-    check_geometry,
-    sealed_shard,
-    shard_bytes,
+from retrieval_node.index.base import INDEX_KINDS
+from retrieval_node.memory import MemoryBudget
+from retrieval_node.shard import SealedShard
+from retrieval_node.shard_file import (
+    LoadedIndex,
+    LoadedShard,
+    read_layer_index,
+    read_shard,
+    write_layer_index,
+    write_shard,
 )
-from retrieval_node.tensor_file import BrokenFileError, TensorFile, write_tensors
+from retrieval_node.tensor_file import BrokenFileError
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = "longreach-shard-1"
 _SUFFIX = ".safetensors"
+_INDEX_SUFFIX = ".index"
 _LOADERS = 4
 _CLOSE_TIMEOUT_S = 20.0
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedShard:
-    """A shard read from disk, with the memory it was given."""
-
-    sealed: SealedShard
-    samples: Mapping[int, QuerySample]
-    reservation: Reservation
-    samples_reservation: Reservation
-    path: Path
-
-
 class Snapshots:
-    """The snapshot directory and the thread that writes to it."""
+    """The snapshot directory and the thread that writes to it.
 
-    def __init__(self, directory: Path) -> None:
+    `index_kind` is the kind that indexes are to be of; files of another kind are not loaded.
+    Queued jobs refer to their shard weakly, so that a drop frees its memory at once.
+    """
+
+    def __init__(self, directory: Path, index_kind: str) -> None:
         self._directory = directory
+        self._index_kind = index_kind
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob("*.tmp"):
             left.unlink()
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[tuple[weakref.ref[Served], Mapping[int, QuerySample]] | None]
-        self._jobs = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._unfinished = 0
         self._idle = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="snapshots", daemon=True)
@@ -77,15 +67,21 @@ class Snapshots:
 
     def save(self, served: Served, samples: Mapping[int, QuerySample]) -> None:
         """Queues a shard for writing; `served.snapshot` names the file once it is on disk."""
-        with self._idle:
-            self._unfinished += 1
-        self._jobs.put((weakref.ref(served), samples))
+        kept = weakref.ref(served)
+        self._queue(lambda: self._write_shard(kept(), samples))
+
+    def index_saver(self, served: Served) -> Callable[[int], None]:
+        """What queues the index of a layer for writing, behind its shard; keeps no shard alive."""
+        kept = weakref.ref(served)
+        return lambda layer: self._queue(lambda: self._write_index(kept(), layer))
 
     def remove(self, served: Served) -> None:
-        """Deletes the file of a shard whose indexes were released; a late write is deleted too."""
+        """Deletes the files of a shard whose indexes were released; a late write is deleted too."""
         with self._lock:
             if served.snapshot is not None:
                 served.snapshot.unlink(missing_ok=True)
+                for each in self._directory.glob(f"{served.snapshot.stem}.*{_INDEX_SUFFIX}"):
+                    each.unlink(missing_ok=True)
                 served.snapshot = None
 
     def wait_idle(self, timeout_s: float) -> bool:
@@ -106,7 +102,9 @@ class Snapshots:
         """
         paths = sorted(self._directory.glob(f"*{_SUFFIX}"))
         with ThreadPoolExecutor(_LOADERS) as pool:
-            return sum(pool.map(lambda path: self._load_one(path, memory, serve), paths))
+            served = sum(pool.map(lambda path: self._load_one(path, memory, serve), paths))
+        self._remove_stray_indexes()
+        return served
 
     def _load_one(
         self, path: Path, memory: MemoryBudget, serve: Callable[[LoadedShard], None]
@@ -121,14 +119,49 @@ class Snapshots:
         except (OSError, ResourceExhausted) as error:
             _LOG.error("snapshot %s was not loaded: %s", path, error)
             return False
+        loaded = dataclasses.replace(loaded, indexes=self._load_indexes(loaded, memory))
         try:
             serve(loaded)
         except LongreachError as error:
-            loaded.reservation.release()
-            loaded.samples_reservation.release()
+            loaded.release()
             _LOG.error("snapshot %s is not served: %s", path, error.message)
             return False
+        _LOG.info(
+            "snapshot %s is served again, with the indexes of %d of %d layers",
+            path.name,
+            len(loaded.indexes),
+            len(loaded.sealed.searched_layers),
+        )
         return True
+
+    def _load_indexes(self, loaded: LoadedShard, memory: MemoryBudget) -> dict[int, LoadedIndex]:
+        """The index of each layer whose file can be used; the others are built again."""
+        found: dict[int, LoadedIndex] = {}
+        if not INDEX_KINDS[self._index_kind].needs_build:
+            return found
+        for layer in loaded.sealed.searched_layers:
+            path = _index_path(loaded.path, layer)
+            if not path.exists():
+                continue
+            try:
+                found[layer] = read_layer_index(
+                    path, loaded.sealed, layer, self._index_kind, memory
+                )
+            except (FailedPrecondition, ResourceExhausted) as error:
+                _LOG.warning("index file %s is not used: %s", path.name, error.message)
+        return found
+
+    def _remove_stray_indexes(self) -> None:
+        """Deletes index files whose shard is gone: a drop was interrupted, or it was damaged."""
+        for path in self._directory.glob(f"*{_INDEX_SUFFIX}"):
+            shard_name = path.name.partition(".")[0] + _SUFFIX
+            if not (self._directory / shard_name).exists():
+                path.unlink(missing_ok=True)
+
+    def _queue(self, job: Callable[[], None]) -> None:
+        with self._idle:
+            self._unfinished += 1
+        self._jobs.put(job)
 
     def _work(self) -> None:
         lower_priority()
@@ -136,23 +169,25 @@ class Snapshots:
             pass
 
     def _work_once(self) -> bool:
-        """Writes the next shard, if it still is; keeps nothing of it, so that a drop frees it."""
+        """Runs the next job; keeps nothing of it, so that a drop frees its shard."""
         job = self._jobs.get()
         if job is None:
             return False
         try:
-            served = job[0]()
-            if served is not None and not served.indexes.cancelled.is_set():
-                self._write(served, job[1])
+            job()
         except OSError as error:
-            _LOG.error("a shard was not written to %s: %s", self._directory, error)
+            _LOG.error("a shard or index was not written to %s: %s", self._directory, error)
+        except Exception:
+            _LOG.exception("writing a shard or index to %s failed", self._directory)
         finally:
             with self._idle:
                 self._unfinished -= 1
                 self._idle.notify_all()
         return True
 
-    def _write(self, served: Served, samples: Mapping[int, QuerySample]) -> None:
+    def _write_shard(self, served: Served | None, samples: Mapping[int, QuerySample]) -> None:
+        if served is None or served.indexes.cancelled.is_set():
+            return
         path = self._directory / _file_name(served.sealed)
         temporary = path.with_suffix(".tmp")
         try:
@@ -165,121 +200,26 @@ class Snapshots:
         finally:
             temporary.unlink(missing_ok=True)
 
-
-def write_shard(path: Path, sealed: SealedShard, samples: Mapping[int, QuerySample]) -> None:
-    """Writes a shard to a new file and waits until the disk has it."""
-    extras: dict[str, npt.NDArray[Any]] = {"token_ids": sealed.token_ids}
-    for layer, sample in samples.items():
-        extras[f"sample.{layer}.positions"] = sample.positions
-        extras[f"sample.{layer}.queries"] = sample.queries
-    tensors = dict(extras)
-    for layer, kv in sealed.layers.items():
-        tensors[f"keys.{layer}"] = kv.keys
-        tensors[f"values.{layer}"] = kv.values
-    description = json.dumps(
-        {
-            "context_id": sealed.context_id,
-            "shard": dataclasses.asdict(sealed.shard),
-            "identity": dataclasses.asdict(sealed.identity),
-            "geometry": [dataclasses.asdict(each) for each in sealed.geometry.values()],
-            "sampled_layers": sorted(samples),
-            "kv_crc32": sealed.checksum,
-        }
-    )
-    crc = _description_crc(description, extras.values())
-    metadata = {"format": _FORMAT, "description": description, "description_crc32": str(crc)}
-    write_tensors(path, tensors, metadata)
-
-
-def read_shard(path: Path, memory: MemoryBudget) -> LoadedShard:
-    """Reads a shard; its memory is reserved before it is allocated.
-
-    Raises BrokenFileError when anything differs from what was written, ResourceExhausted.
-    """
-    with TensorFile(path) as file:
-        if file.metadata.get("format") != _FORMAT:
-            raise BrokenFileError(
-                f"format {file.metadata.get('format')!r} instead of {_FORMAT!r}; remove the file "
-                "or load it with the version that wrote it"
-            )
-        about, token_ids, samples = _read_description(file)
-        shard, identity, geometry = about.shard, about.identity, about.geometry
-        what = f"snapshot of shard {shard.shard_id!r} of context {about.context_id!r}"
-        reservation = memory.reserve(
-            Use.CONTEXT, shard_bytes(shard, geometry, identity.dtype), what
-        )
-        sample_bytes = sum(s.queries.nbytes + s.positions.nbytes for s in samples.values())
+    def _write_index(self, served: Served | None, layer: int) -> None:
+        if served is None or served.snapshot is None or served.indexes.cancelled.is_set():
+            return
+        index = served.indexes.serving[layer]
+        if not index.format_version:
+            return
+        path = _index_path(served.snapshot, layer)
+        temporary = path.with_suffix(".tmp")
         try:
-            samples_reservation = memory.reserve(Use.INDEX, sample_bytes, what)
-            layers = allocate_layers(shard, geometry, storage_dtype(identity.dtype))
-            for layer, kv in layers.items():
-                file.read_into(f"keys.{layer}", kv.keys)
-                file.read_into(f"values.{layer}", kv.values)
-            sealed = sealed_shard(about.context_id, shard, identity, geometry, layers, token_ids)
-            if sealed.checksum != about.checksum:
-                raise BrokenFileError(
-                    f"checksum of K and V is {sealed.checksum:08x}; it was {about.checksum:08x} at "
-                    "the seal"
-                )
-        except BaseException:
-            reservation.release()
-            raise
-    return LoadedShard(sealed, samples, reservation, samples_reservation, path)
+            write_layer_index(temporary, served.sealed, layer, index, self._index_kind)
+            with self._lock:
+                if not served.indexes.cancelled.is_set():
+                    temporary.rename(path)
+            _sync_directory(self._directory)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Description:
-    context_id: str
-    shard: Shard
-    identity: Identity
-    geometry: Mapping[int, LayerGeometry]
-    checksum: int
-
-
-def _read_description(
-    file: TensorFile,
-) -> tuple[_Description, npt.NDArray[np.int32], dict[int, QuerySample]]:
-    """What the file says about itself, once its own checksum agrees."""
-    try:
-        text = file.metadata["description"]
-        raw = json.loads(text)
-        extras = {"token_ids": file.read("token_ids")}
-        for layer in raw["sampled_layers"]:
-            for part in ("positions", "queries"):
-                extras[f"sample.{layer}.{part}"] = file.read(f"sample.{layer}.{part}")
-        if str(_description_crc(text, extras.values())) != file.metadata["description_crc32"]:
-            raise BrokenFileError("the description, token ids or query samples have changed")
-        shard = Shard(
-            **{
-                **raw["shard"],
-                "span": Span(**raw["shard"]["span"]),
-                "layers": tuple(raw["shard"]["layers"]),
-                "node_ids": tuple(raw["shard"]["node_ids"]),
-            }
-        )
-        geometry = check_geometry(shard, [LayerGeometry(**each) for each in raw["geometry"]])
-        about = _Description(
-            raw["context_id"], shard, Identity(**raw["identity"]), geometry, raw["kv_crc32"]
-        )
-    except (ValueError, KeyError, TypeError, LongreachError) as error:
-        raise BrokenFileError(f"the description is damaged: {error}") from None
-    samples = {
-        layer: QuerySample(
-            layer,
-            shard.kv_head_start,
-            extras[f"sample.{layer}.positions"],
-            extras[f"sample.{layer}.queries"],
-        )
-        for layer in raw["sampled_layers"]
-    }
-    return about, extras["token_ids"], samples
-
-
-def _description_crc(text: str, extras: Iterable[npt.NDArray[Any]]) -> int:
-    crc = zlib.crc32(text.encode())
-    for array in extras:
-        crc = zlib.crc32(raw_bytes(array).data, crc)
-    return crc
+def _index_path(shard_path: Path, layer: int) -> Path:
+    return shard_path.with_name(f"{shard_path.stem}.layer-{layer}{_INDEX_SUFFIX}")
 
 
 def _file_name(sealed: SealedShard) -> str:

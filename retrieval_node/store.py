@@ -35,7 +35,8 @@ from retrieval_node.memory import MemoryBudget, Use, resident_bytes
 from retrieval_node.reading import read_blocks
 from retrieval_node.sessions import Session, SessionTable, check_record
 from retrieval_node.shard import TokenIds, check_geometry
-from retrieval_node.snapshot import LoadedShard, Snapshots
+from retrieval_node.shard_file import LoadedShard
+from retrieval_node.snapshot import Snapshots
 from retrieval_node.tail import tail_places
 
 _LOG = logging.getLogger(__name__)
@@ -172,6 +173,19 @@ class Store:
         """Ends a session; returns the bytes of tail freed."""
         return self._sessions.close(handle)
 
+    def close_session_id(self, session_id: str, capability: bytes) -> int:
+        """Ends a session that its opener left behind; returns the bytes freed, 0 where there is
+        none. Raises PermissionDenied."""
+        verify(
+            capability,
+            self._secret,
+            now=self._clock(),
+            action="close",
+            context_id="",
+            session_id=session_id,
+        )
+        return self._sessions.close_id(session_id)
+
     def attend(
         self, layer: int, rows: Sequence[AttendRows], scale: float, softcap: float
     ) -> Attended:
@@ -263,9 +277,9 @@ class Store:
         served = Served(sealed, indexes, filling.reservation)
         winner = self._contexts.publish(filling, served)
         if winner is served:
-            self._builder.start(indexes)
             if self._snapshots is not None:
                 self._snapshots.save(served, samples)
+            self._start_builds(served)
         return winner
 
     def _serve_loaded(self, loaded: LoadedShard) -> None:
@@ -273,8 +287,18 @@ class Store:
         indexes = ShardIndexes(
             sealed, loaded.samples, loaded.samples_reservation, self._builder.kind
         )
-        self._contexts.add_loaded(Served(sealed, indexes, loaded.reservation, loaded.path))
-        self._builder.start(indexes)
+        for layer, each in loaded.indexes.items():
+            indexes.finished(layer, each.index, each.reservation, 0.0)
+        served = Served(sealed, indexes, loaded.reservation, loaded.path)
+        self._contexts.add_loaded(served)
+        self._start_builds(served)
+
+    def _start_builds(self, served: Served) -> None:
+        """Builds what indexes the shard lacks; each is written to disk when it is done."""
+        if self._snapshots is None:
+            self._builder.start(served.indexes)
+        else:
+            self._builder.start(served.indexes, self._snapshots.index_saver(served))
 
     def _find(self, handle: int) -> tuple[Session, Context | None]:
         session = self._sessions.get(handle)

@@ -28,10 +28,14 @@ _CODES: dict[np.dtype[Any], str] = {
     BFLOAT16: "BF16",
     np.dtype(np.int32): "I32",
     np.dtype(np.int64): "I64",
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.uint16): "U16",
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a header that holds anything at all may raise."""
 
 
 class BrokenFileError(Exception):
@@ -106,6 +110,11 @@ class TensorFile:
                 raise BrokenFileError(f"the file ends within tensor {name!r}")
             target = target[count:]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, in the order of the file."""
+        return tuple(self._header)
+
     def __contains__(self, name: str) -> bool:
         return name in self._header
 
@@ -127,10 +136,14 @@ class TensorFile:
             data_bytes = max((e["data_offsets"][1] for e in header.values()), default=0)
             for entry in header.values():
                 start, stop = entry["data_offsets"]
+                if not 0 <= start <= stop or any(size < 0 for size in entry["shape"]):
+                    raise ValueError("a tensor has a negative place or size")
                 if stop - start != math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize:
                     raise ValueError("shape and length of a tensor disagree")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BrokenFileError(f"the header is damaged: {error}") from None
+            if not isinstance(self.metadata, dict):
+                raise ValueError("its metadata are no object")
+        except _DAMAGE as error:
+            raise BrokenFileError(f"the header is damaged: {error!r}") from None
         if file_bytes != self._data_start + data_bytes:
             raise BrokenFileError(
                 f"the file has {file_bytes} bytes; its header asks for "

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from longreach.errors import Aborted
 from longreach.types import Identity, ShardMap
+
+TOMBSTONE_TTL_S = 30 * 24 * 3600.0
+"""How long a removal is remembered: longer than a node stays away and comes back."""
 
 
 class ContextState(enum.Enum):
@@ -22,10 +26,11 @@ class ContextState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ContextRecord:
-    """A context as the coordinator knows it.
+    """A context as the coordinators know it.
 
     `tokens` counts tokens, `kv_bytes` bytes of K and V of one copy, `created_at` is in Unix
-    seconds, `prefill_s` in seconds and 0 until READY.
+    seconds, `prefill_s` in seconds and 0 until READY. `owner` is the coordinator that stores it,
+    or that stored it.
     """
 
     context_id: str
@@ -39,23 +44,77 @@ class ContextRecord:
     prefill_fraction: float = 0.0
     prefill_s: float = 0.0
     error: str = ""
+    owner: str = ""
 
     @property
     def node_ids(self) -> tuple[str, ...]:
         """Every node that holds a part, in name order."""
         return tuple(sorted({n for shard in self.shard_map.shards for n in shard.node_ids}))
 
+    @property
+    def filling(self) -> bool:
+        """Whether its owner is storing it."""
+        return self.state in (ContextState.RESERVED, ContextState.FILLING)
+
+
+class Conflict(Aborted):
+    """The stored record is not the one that the writer knew; read it again."""
+
+    default_reason = "CATALOG_CONFLICT"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who leads. `epoch` grows with every change of leader; `ttl_s` counts from the request."""
+
+    holder: str
+    epoch: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a coordinator hears when it reports to the catalog.
+
+    `generation` names one life of the stored data: another one means that it was lost. `revision`
+    is that of the last change; `records` are those changed since the revision asked for, with
+    their revisions, and `removed` the ids removed since, with theirs. `present` are the
+    coordinators that reported lately.
+    """
+
+    lease: Lease
+    present: frozenset[str]
+    generation: str
+    revision: int
+    records: tuple[tuple[ContextRecord, int], ...]
+    removed: tuple[tuple[str, int], ...]
+
 
 class Catalog(ABC):
-    """Durable records of contexts. A write has reached stable storage when its call returns.
+    """Records of contexts, for one coordinator or several at once.
 
-    Removal leaves a tombstone, so that a node that was away when a context was deleted does not
-    bring it back; storing the context again lifts it, and it may expire after a month.
+    Every write has a revision, larger than any before. A write that expects the revision it knows
+    fails with Conflict where another coordinator was faster. Removal leaves a tombstone, so that a
+    node that was away when a context was deleted does not bring it back; storing the context again
+    lifts it, and it may expire after a month. Every method raises Unavailable while the storage is
+    out of reach.
     """
 
     @abstractmethod
-    async def put(self, record: ContextRecord, token_ids: Sequence[int] | None = None) -> None:
-        """Stores a record, replacing an older one; keeps the stored tokens when given none."""
+    async def put(
+        self,
+        record: ContextRecord,
+        token_ids: Sequence[int] | None = None,
+        *,
+        expected: int | None = None,
+        epoch: int = 0,
+    ) -> int:
+        """Stores a record, replacing an older one; keeps the stored tokens when given none.
+
+        Returns its revision. Raises Conflict unless the stored record has the `expected` revision
+        (0: there is none; None: whatever there is), and where `epoch`, the writer's as leader, is
+        not 0 and there was another leader since.
+        """
 
     @abstractmethod
     async def get(self, context_id: str) -> ContextRecord | None:
@@ -76,6 +135,22 @@ class Catalog(ABC):
     @abstractmethod
     async def tombstones(self) -> set[str]:
         """Ids that were removed and not stored again."""
+
+    @abstractmethod
+    async def put_nodes(self, addresses: Mapping[str, str], *, epoch: int) -> None:
+        """Replaces the known nodes (id to host:port); raises Conflict for an older leader."""
+
+    @abstractmethod
+    async def nodes(self) -> dict[str, str]:
+        """The nodes that the last leader knew, id to host:port."""
+
+    @abstractmethod
+    async def beat(self, coordinator: str, since: int, known_epoch: int = 0) -> Beat:
+        """Reports that a coordinator lives, asks for the lease, reads what changed.
+
+        `known_epoch` is the highest that this coordinator has seen, so that epochs grow even where
+        the storage was lost.
+        """
 
     @abstractmethod
     async def close(self) -> None:

@@ -40,6 +40,10 @@ class DatasetTask(Task):
         super().__init__(name, summary)
         self._form = form
 
+    def check(self, sources: Sources) -> None:
+        """Reads the file."""
+        self._records(sources)
+
     def samples(self, spec: Spec) -> list[Sample]:
         """One sample: the file's record with this index, from the start again after the last."""
         records = self._records(spec.sources)

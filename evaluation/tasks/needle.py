@@ -5,6 +5,7 @@ A round visits every depth once. The report draws score over length and depth as
 
 from __future__ import annotations
 
+import random
 from typing import ClassVar
 
 from evaluation.tasks.base import Sample, Spec, Task, register
@@ -26,15 +27,7 @@ class Needle(Task):
         """One sample at depth index/9 of its round."""
         rng = spec.rng(self.name)
         depth = spec.index % DEPTHS / (DEPTHS - 1)
-        city = rng.choice(word_list("nouns", True)).capitalize()
-        number = str(rng.randrange(1_000_000, 10_000_000))
-        sentence = f"The special magic {city} number is: {number}."
-        query = Query(
-            f"\nWhat is the special magic {city} number? The special magic {city} number is:",
-            (number,),
-            ANSWER_TOKENS,
-            "string_match_all",
-        )
+        _, sentence, query = magic_city(rng)
         essay = load_essay(spec.sources.essay)
         start = rng.randrange(len(essay.sentences))
         preamble = (
@@ -47,6 +40,19 @@ class Needle(Task):
             return Draft(preamble, body, (query,), essay.before(start), {"depth": depth})
 
         return fit(self.name, spec, write)
+
+
+def magic_city(rng: random.Random) -> tuple[str, str, Query]:
+    """A city, the sentence that gives its number, and the question for it."""
+    city = rng.choice(word_list("nouns", True)).capitalize()
+    number = str(rng.randrange(1_000_000, 10_000_000))
+    query = Query(
+        f"\nWhat is the special magic {city} number? The special magic {city} number is:",
+        (number,),
+        ANSWER_TOKENS,
+        "string_match_all",
+    )
+    return city, f"The special magic {city} number is: {number}.", query
 
 
 register(Needle("needle", "one number in an essay, at ten depths a round"))

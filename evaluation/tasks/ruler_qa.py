@@ -57,6 +57,10 @@ class QuestionAnswering(Task):
         super().__init__(name, summary)
         self._source = source
 
+    def check(self, sources: Sources) -> None:
+        """Reads the file."""
+        self._corpus(sources)
+
     def samples(self, spec: Spec) -> list[Sample]:
         """One sample."""
         corpus = self._corpus(spec.sources)

@@ -1,9 +1,9 @@
 """Prefill attention under a `Selection`, for CUDA: one program per (query tile, query head).
 
 A program runs one online softmax over three lists of its tile: whole key blocks (causal inside the
-diagonal), gathered key columns, and the means of the blocks left out with the logarithm of their
-size added. Softmax is kept in base 2 inside and returned as natural log-sum-exp. K and V are read
-by KV head, never repeated over a group. Head sizes need not be powers of two.
+diagonal), gathered key columns, and the means of the blocks left out with the logarithm of the
+number of their keys added. Softmax is kept in base 2 inside and returned as natural log-sum-exp. K
+and V are read by KV head, never repeated over a group. Head sizes need not be powers of two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_worker.patterns.base import KEY_BLOCK, PatternResult, Selection
+from gpu_worker.patterns.base import KEY_BLOCK, PatternResult, Selection, left_out_keys
 from gpu_worker.patterns.block_sparse import pool_blocks
 
 
@@ -40,7 +40,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     q_head_stride, k_head_stride, v_head_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, LOG2_BLOCK: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Attends rows [tile * TILE, ...) of one query head. `scale` includes log2(e)."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -96,14 +96,15 @@ def _attend_tile(  # type: ignore[no-untyped-def]
 
     for i in range(0, means, BLOCK):
         block = i + lane
-        enters = tl.load(left_out + entry * means + block, mask=block < means, other=0) > 0
+        left = tl.load(left_out + entry * means + block, mask=block < means, other=0)
         keys = tl.load(
             mean_k + (kv_head * means + block)[None] * HEAD_DIM + dim[:, None],
             mask=(block < means)[None] & has_dim[:, None],
             other=0.0,
         )
-        logits = tl.dot(queries, keys, input_precision="ieee") * scale + LOG2_BLOCK
-        logits = tl.where(enters[None], logits, float("-inf"))
+        logits = tl.dot(queries, keys, input_precision="ieee") * scale
+        logits += tl.log2(tl.maximum(left, 1).to(tl.float32))[None]
+        logits = tl.where((left > 0)[None], logits, float("-inf"))
         values = tl.load(
             mean_v + (kv_head * means + block)[:, None] * VALUE_DIM + value_dim[None],
             mask=(block < means)[:, None] & has_value_dim[None],
@@ -122,7 +123,8 @@ class PackedSelection:
 
     block_ids int32 [q_heads, tiles, max_blocks] ascending, block_counts [q_heads, tiles];
     columns int32 [q_heads, tiles, max_columns] outside the tile's blocks and before its first row,
-    column_counts; left_out int8 [q_heads, tiles, means]: blocks that enter as their mean.
+    column_counts; left_out int8 [q_heads, tiles, means]: keys of a block that
+    enter as its mean, 0 for none.
     """
 
     block_ids: Tensor
@@ -152,8 +154,7 @@ def pack_selection(selection: Selection, start: int, rows: int) -> PackedSelecti
         longest = max(1, int(column_counts.max()))
         columns = wanted.gather(-1, order)[..., :longest].to(torch.int32).contiguous()
     means = (start + rows) // KEY_BLOCK if selection.mean_correction else 0
-    past = (torch.arange(means, device=device) + 1) * KEY_BLOCK <= first_row[:, None]
-    left_out = (~blocks[..., :means] & past).to(torch.int8).contiguous()
+    left_out = left_out_keys(selection, start, means).to(torch.int8).contiguous()
     return PackedSelection(ids, counts, columns, column_counts, left_out)
 
 
@@ -200,7 +201,7 @@ def attend_selection_triton(
         GROUP=q_heads // k.shape[0], HEAD_DIM=head_dim,
         HEAD_PAD=max(16, triton.next_power_of_2(head_dim)), VALUE_DIM=value_dim,
         VALUE_PAD=max(16, triton.next_power_of_2(value_dim)),
-        TILE=selection.query_block, BLOCK=KEY_BLOCK, LOG2_BLOCK=math.log2(KEY_BLOCK),
+        TILE=selection.query_block, BLOCK=KEY_BLOCK,
     )  # fmt: skip
     visible = q_heads * (rows * start + rows * (rows + 1) // 2)
     return PatternResult(out, lse, pairs_of(packed, selection.query_block, start, rows), visible)

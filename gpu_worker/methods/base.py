@@ -13,6 +13,7 @@ from typing import Protocol
 
 from longreach.errors import LongreachError
 from longreach.types import Budget, PartialAttention, Span, StorageArray, WorkFigures
+from longreach.wire import NodeTiming
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,10 @@ class Retrieved:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """Answers in the order of the queries; `node_s` is the slowest node's own time."""
+    """Answers in the order of the queries; `slowest` are the times of the slowest node."""
 
     answers: list[Retrieved]
-    node_s: float = 0.0
+    slowest: NodeTiming = field(default_factory=NodeTiming)
 
 
 class Ticket(Protocol):

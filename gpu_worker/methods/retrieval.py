@@ -47,7 +47,7 @@ def attend_layer(step: Step, layer: int, queries: torch.Tensor, call: LayerCall)
         part = merge(part, _assemble(step, asking, collected.answers, part))
         clock.wait_s += waited - local
         clock.merge_s += time.perf_counter() - waited
-        clock.node_s += collected.node_s
+        clock.node_s += collected.slowest.total_s
     return apply_sinks(part, call.sinks)
 
 

@@ -5,6 +5,10 @@ from gpu_worker.patterns import (
     adaptive,
     block_sparse,
     dense,
+    dilated,
+    per_head,
+    strided,
+    top_k,
     vertical_slash,
 )
 from gpu_worker.patterns.base import PATTERNS, Pattern, PatternResult, Selection, attend_chunk
@@ -19,5 +23,9 @@ __all__ = [
     "attend_chunk",
     "block_sparse",
     "dense",
+    "dilated",
+    "per_head",
+    "strided",
+    "top_k",
     "vertical_slash",
 ]

@@ -29,13 +29,21 @@ class Selection:
     chunk, a key block KEY_BLOCK positions from 0. columns: int64 [q_heads, query_blocks, c] single
     positions, ascending, padded with -1; a column inside a selected block counts once.
     mean_correction: every block wholly in the past and not selected enters as one key, its mean
-    key and mean value, with the logarithm of its size added to the logit.
+    key and mean value, with the logarithm of the number of its keys that are not attended as
+    columns added to the logit.
+    pairs: bool [q_heads, rows, start + rows], in place of everything above: exactly these pairs.
     """
 
     blocks: Tensor
     query_block: int = KEY_BLOCK
     columns: Tensor | None = None
     mean_correction: bool = False
+    pairs: Tensor | None = None
+
+    @classmethod
+    def of_pairs(cls, pairs: Tensor) -> Selection:
+        """A selection of single pairs, for reference patterns: no executor saves time with it."""
+        return cls(pairs.new_zeros(pairs.shape[0], 0, 0), pairs=pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,10 @@ class Pattern(ABC):
         """Selection for queries q [q_heads, rows, d] at positions [start, start + rows) of a
         prompt of `total` tokens, with keys k [kv_heads, start + rows, d]. None means dense."""
 
+    def for_layer(self, layer: int) -> Pattern:
+        """The pattern that serves a layer; most treat all layers alike."""
+        return self
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
@@ -100,6 +112,22 @@ def diagonal_blocks(rows: int, start: int, query_block: int, width: int = 0) -> 
     first_row = start + torch.arange(query_blocks) * query_block
     ends = (torch.arange(key_blocks) + 1) * KEY_BLOCK
     return causal & (ends[None] > (first_row - width)[:, None])
+
+
+def left_out_keys(selection: Selection, start: int, whole: int) -> Tensor:
+    """How many keys of each of the first `whole` blocks enter as the block's mean: fp32
+    [q_heads, query_blocks, whole], 0 for blocks that are attended or not wholly in the past."""
+    blocks = selection.blocks[:, :, :whole]
+    device = blocks.device
+    first_row = start + torch.arange(blocks.shape[1], device=device) * selection.query_block
+    past = (torch.arange(whole, device=device) + 1) * KEY_BLOCK <= first_row[:, None]
+    keys = torch.full(blocks.shape, float(KEY_BLOCK), device=device)
+    if selection.columns is not None and whole:
+        columns = selection.columns
+        wanted = columns.clamp(min=0) // KEY_BLOCK
+        one = ((columns >= 0) & (wanted < whole)).float()
+        keys.scatter_add_(2, wanted.clamp(max=whole - 1), -one)
+    return keys * (~blocks & past)
 
 
 def attend_chunk(

@@ -14,9 +14,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
-from gpu_worker.attention import Partial, causal_attention, dense_attention, merge
-from gpu_worker.patterns.base import KEY_BLOCK, PatternResult, Selection
+from gpu_worker.attention import (
+    Partial,
+    bias_of,
+    blockwise_attention,
+    causal_attention,
+    dense_attention,
+    merge,
+)
+from gpu_worker.patterns.base import KEY_BLOCK, PatternResult, Selection, left_out_keys
 from gpu_worker.patterns.block_sparse import pool_blocks
 
 # Finite, because a row that leaves no block out must still not make NaN: its lse is then so low
@@ -41,6 +50,8 @@ def attend_selection(
     if selection is None:
         dense = causal_attention(q, k, v, start, scale)
         return PatternResult(dense.output, dense.lse, visible, visible)
+    if selection.pairs is not None:
+        return _attend_pairs(q, k, v, start, scale, selection.pairs)
     if q.is_cuda:
         # Imported here because Triton compiles for a device that CPU machines do not have.
         from gpu_worker.kernels.sparse_prefill import attend_selection_triton
@@ -54,6 +65,28 @@ def attend_selection(
         part = merge(part, _means(q, k, v, start, scale, selection))
     attended = q_heads * _triangle(rows, tile) + pairs
     return PatternResult(part.output, part.lse, attended, visible)
+
+
+def _attend_pairs(
+    q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, pairs: Tensor
+) -> PatternResult:
+    """Single pairs, one head at a time: reference patterns, whose time nobody counts."""
+    q_heads, rows, _ = q.shape
+    group = q_heads // k.shape[0]
+    parts = [
+        blockwise_attention(
+            q[None, None, head], k[None, None, head // group], v[None, None, head // group],
+            scale, bias=bias_of(pairs[head]),
+        )
+        for head in range(q_heads)
+    ]  # fmt: skip
+    visible = q_heads * (rows * start + rows * (rows + 1) // 2)
+    return PatternResult(
+        torch.cat([part.output[0] for part in parts]),
+        torch.cat([part.lse[0] for part in parts]),
+        int(pairs.sum()),
+        visible,
+    )
 
 
 def _triangle(rows: int, tile: int) -> int:
@@ -88,7 +121,7 @@ def _diagonal(q: Tensor, k: Tensor, v: Tensor, tile: int, scale: float) -> Parti
 class _Tile:
     """One query block of one head: its rows in the chunk and the past keys it gathers.
 
-    `keys`: numbers of rows of the flattened K, whole blocks or single positions.
+    `keys`: numbers of whole key blocks, or single positions.
     """
 
     head: int
@@ -109,45 +142,48 @@ def _selected_past(
     output = q.new_zeros(q_heads, rows, v.shape[-1], dtype=torch.float32)
     lse = torch.full((q_heads, rows), -math.inf, device=q.device)
     unit = KEY_BLOCK if selection.columns is None else 1
-    flat_k, flat_v = (_rows_of(x, unit) for x in (k, v))
-    pairs = 0
-    tiles = _tiles(q, k, start, selection, flat_k.shape[0] // k.shape[0])
+    tiles = _tiles(q, start, selection)
+    group = q_heads // k.shape[0]
     bytes_per_key = unit * (k.shape[-1] + v.shape[-1]) * k.element_size()
-    for batch in _batches(tiles, bytes_per_key):
-        longest = max(tile.keys.numel() for tile in batch)
-        where = torch.zeros(len(batch), longest, dtype=torch.long)
-        present = torch.zeros(len(batch), longest, dtype=torch.bool)
-        for i, tile in enumerate(batch):
-            where[i, : tile.keys.numel()] = tile.keys
-            present[i, : tile.keys.numel()] = True
-        keys, values = (
-            flat.index_select(0, where.flatten()).view(len(batch), 1, longest * unit, -1)
-            for flat in (flat_k, flat_v)
-        )
-        bias = None
-        if not bool(present.all()):
-            bias = torch.where(present, 0.0, -math.inf).repeat_interleave(unit, 1)[:, None, None]
-        queries = torch.stack([q[tile.head, tile.low : tile.high] for tile in batch])
-        part = dense_attention(queries[:, None], keys, values, scale, bias=bias)
-        for i, tile in enumerate(batch):
-            output[tile.head, tile.low : tile.high] = part.output[i, 0]
-            lse[tile.head, tile.low : tile.high] = part.lse[i, 0]
-            pairs += tile.keys.numel() * unit * (tile.high - tile.low)
+    pairs = 0
+    for kv_head in range(k.shape[0]):
+        own = [tile for tile in tiles if tile.head // group == kv_head]
+        units = [_units(x[kv_head], unit) for x in (k, v)]
+        for batch in _batches(own, bytes_per_key):
+            part = _attend_batch(q, batch, units, scale)
+            for i, tile in enumerate(batch):
+                output[tile.head, tile.low : tile.high] = part.output[i, 0]
+                lse[tile.head, tile.low : tile.high] = part.lse[i, 0]
+                pairs += tile.keys.numel() * unit * (tile.high - tile.low)
     return Partial(output, lse), pairs
 
 
-def _rows_of(x: Tensor, unit: int) -> Tensor:
-    """[heads, n, d] as rows of `unit` positions: [heads * (n // unit), unit * d]."""
-    whole = x.shape[1] // unit * unit
-    return x[:, :whole].reshape(-1, unit * x.shape[2])
+def _attend_batch(q: Tensor, batch: list[_Tile], units: list[Tensor], scale: float) -> Partial:
+    """Tiles of equal rows over the keys each gathers from `units`, [units, positions, ·] of K and
+    V of their KV head: output [tiles, 1, rows, value_dim]."""
+    longest = max(tile.keys.numel() for tile in batch)
+    where = pad_sequence([tile.keys for tile in batch], batch_first=True)
+    keys, values = (
+        x.index_select(0, where.flatten()).view(len(batch), 1, -1, x.shape[2]) for x in units
+    )
+    counts = torch.tensor([tile.keys.numel() for tile in batch])
+    bias = None
+    if int(counts.min()) < longest:
+        present = torch.arange(longest) < counts[:, None]
+        bias = bias_of(present).repeat_interleave(units[0].shape[1], 1)[:, None, None]
+    queries = torch.stack([q[tile.head, tile.low : tile.high] for tile in batch])
+    return dense_attention(queries[:, None], keys, values, scale, bias=bias)
 
 
-def _tiles(
-    q: Tensor, k: Tensor, start: int, selection: Selection, rows_per_head: int
-) -> list[_Tile]:
+def _units(x: Tensor, unit: int) -> Tensor:
+    """[n, d] in units of `unit` positions, a view: [n // unit, unit, d]."""
+    whole = x.shape[0] // unit
+    return x[: whole * unit].view(whole, unit, x.shape[1])
+
+
+def _tiles(q: Tensor, start: int, selection: Selection) -> list[_Tile]:
     """Every tile that has past keys, those with most keys first."""
     q_heads, rows, _ = q.shape
-    group = q_heads // k.shape[0]
     blocks = selection.blocks.cpu()
     columns = None if selection.columns is None else selection.columns.cpu()
     tiles = []
@@ -165,7 +201,7 @@ def _tiles(
                 inside = keys[:, None] * KEY_BLOCK + torch.arange(KEY_BLOCK)
                 keys = torch.cat([inside.flatten(), single])
             if keys.numel():
-                tiles.append(_Tile(head, low, high, keys + head // group * rows_per_head))
+                tiles.append(_Tile(head, low, high, keys))
     return sorted(tiles, key=lambda tile: (tile.high - tile.low, tile.keys.numel()), reverse=True)
 
 
@@ -189,22 +225,20 @@ def _batches(tiles: list[_Tile], bytes_per_key: int) -> Iterator[list[_Tile]]:
 def _means(
     q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, selection: Selection
 ) -> Partial:
-    """The blocks left out, each as its mean key and value with the block's size in the logit."""
+    """The blocks left out, each as its mean key and value with the number of its keys that are
+    not attended as columns in the logit."""
     q_heads, rows, _ = q.shape
     kv_heads = k.shape[0]
     whole = (start + rows) // KEY_BLOCK
     mean_k = pool_blocks(k[:, : whole * KEY_BLOCK], KEY_BLOCK).to(q.dtype)
     mean_v = pool_blocks(v[:, : whole * KEY_BLOCK], KEY_BLOCK).to(v.dtype)
-    blocks = selection.blocks[:, :, :whole]
-    first_row = start + torch.arange(blocks.shape[1], device=q.device) * selection.query_block
-    past = (torch.arange(whole, device=q.device) + 1) * KEY_BLOCK <= first_row[:, None]
-    bias = torch.where(~blocks & past, math.log(KEY_BLOCK), _NEVER)
-    bias = bias.repeat_interleave(selection.query_block, 1)[:, :rows]
-    part = dense_attention(
-        q.reshape(1, kv_heads, -1, q.shape[-1]),
-        mean_k[None],
-        mean_v[None],
-        scale,
-        bias=bias.reshape(1, kv_heads, -1, whole),
-    )
-    return Partial(part.output.reshape(q_heads, rows, -1), part.lse.reshape(q_heads, rows))
+    keys = left_out_keys(selection, start, whole)
+    # A query block of a head is to the kernel a head of its own, so that one row of bias serves it.
+    tile, tiles = selection.query_block, keys.shape[1]
+    queries = functional.pad(q, (0, 0, 0, tiles * tile - rows))
+    queries = queries.reshape(kv_heads, -1, tile, q.shape[-1])
+    bias = torch.where(keys > 0, keys.log(), _NEVER).view(kv_heads, -1, 1, whole)
+    shared_k, shared_v = (x[:, None].expand(-1, queries.shape[1], -1, -1) for x in (mean_k, mean_v))
+    part = dense_attention(queries, shared_k, shared_v, scale, bias=bias)
+    output = part.output.reshape(q_heads, tiles * tile, -1)[:, :rows]
+    return Partial(output, part.lse.reshape(q_heads, -1)[:, :rows])

@@ -49,6 +49,13 @@ def diagonal_sums(probabilities: Tensor) -> Tensor:
     return gathered.masked_fill(keys < 0, 0).sum(1)
 
 
+def force(scores: Tensor, first: int) -> None:
+    """Lifts the `first` scores above all others, in descending order, so that a smaller budget
+    keeps the nearest diagonals, the rows' own among them. Scores are sums of PROBE_ROWS shares."""
+    ahead = scores[:, :first]
+    ahead[:] = torch.arange(2 * PROBE_ROWS + first, 2 * PROBE_ROWS, -1)[: ahead.shape[1]]
+
+
 @PATTERNS.register("vertical_slash")
 class VerticalSlash(Pattern):
     """The `verticals` heaviest columns and the `slashes` heaviest diagonals of the probe."""
@@ -65,9 +72,9 @@ class VerticalSlash(Pattern):
         probabilities = probe_probabilities(q_last[:, -PROBE_ROWS:], k, scale)
         n = k.shape[1]
         vertical = probabilities.sum(1)
-        vertical[:, :FORCED_COLUMNS] = torch.inf
+        force(vertical, FORCED_COLUMNS)
         slash = diagonal_sums(probabilities)
-        slash[:, :FORCED_DIAGONALS] = torch.inf
+        force(slash, FORCED_DIAGONALS)
         return VerticalSlashIndex(
             vertical.topk(min(self.verticals, n)).indices.sort().values,
             slash.topk(min(self.slashes, n)).indices.sort().values,

@@ -7,7 +7,18 @@ import sys
 from collections.abc import Sequence
 
 import longreach
-from longreach.cli import ask, contexts, ingest, status, up
+from longreach.cli import (
+    ask,
+    catalog,
+    certs,
+    contexts,
+    eval,
+    ingest,
+    plan,
+    search_patterns,
+    status,
+    up,
+)
 from longreach.errors import InvalidRequest, LongreachError, Unavailable
 
 EXIT_FAILED = 1
@@ -22,6 +33,10 @@ examples:
   longreach ask --context book "Who is the narrator?"
   longreach contexts list                    what is stored
   longreach status                           members, memory and load
+  longreach plan --model llama-3-8b --context 1M   what that would take
+  longreach eval --quick --json out/q.json   measure answers against full attention
+  longreach search-patterns --model models/demo   a sparse prefill pattern for every head
+  longreach certs init --out certs           certificates for mutual TLS
 
 The coordinator's address is taken from --address, then LONGREACH_ADDRESS, then 127.0.0.1:7300.
 
@@ -44,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"longreach {longreach.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (up, ingest, ask, contexts, status):
+    for command in (up, ingest, ask, contexts, status, certs, catalog, eval, plan, search_patterns):
         command.add_parser(commands)
     return parser
 

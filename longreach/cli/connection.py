@@ -11,6 +11,12 @@ from longreach.sdk import Client, Context
 
 DEFAULT_ADDRESS = "127.0.0.1:7300"
 
+_TLS_FLAGS = {
+    "tls_ca": "PEM file of the cluster's CA; turns TLS on",
+    "tls_cert": "PEM file of a client certificate, where the cluster asks for one",
+    "tls_key": "PEM file of its private key",
+}
+
 Subparsers = Any
 """What `add_subparsers` returns; argparse's own class for it is private."""
 
@@ -35,6 +41,14 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="the coordinator [LONGREACH_ADDRESS, default %(default)s]",
     )
+    for name, what in _TLS_FLAGS.items():
+        variable = f"LONGREACH_{name.upper()}"
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            default=os.environ.get(variable, ""),
+            metavar="FILE",
+            help=f"{what} [{variable}]",
+        )
     parser.add_argument(
         "--timeout-s", type=float, metavar="S", help="give up after this many seconds"
     )
@@ -46,6 +60,9 @@ def connect(arguments: argparse.Namespace) -> Client:
         arguments.address,
         timeout_s=arguments.timeout_s,
         api_key=os.environ.get("LONGREACH_API_KEY"),
+        tls_ca=arguments.tls_ca,
+        tls_cert=arguments.tls_cert,
+        tls_key=arguments.tls_key,
     )
 
 

@@ -112,6 +112,8 @@ def _state(context: Context) -> str:
 def _index(context: Context) -> str:
     if context.indexed or not context.ready:
         return context.index_kind
+    if context.index_error:
+        return f"{context.index_kind}; the index failed: {context.index_error}"
     return f"{context.index_kind}, {context.index_fraction:.0%} built"
 
 

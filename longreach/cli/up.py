@@ -19,6 +19,7 @@ examples:
   longreach up --model models/demo
   longreach up --model Qwen/Qwen3-0.6B --nodes 4 --data-dir /var/lib/longreach
   longreach up --model models/demo --listen 0.0.0.0:7300     reachable from other machines
+  longreach up --model models/demo --tls                     mutual TLS on every connection
 
 Contexts are kept under the data directory: the next `up` over it finds them. Ctrl-C stops every
 process; logs are in DATA_DIR/logs.
@@ -39,13 +40,17 @@ def add_parser(commands: Subparsers) -> None:
         help="the coordinator's address; port 0 picks a free one (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--prefill", default="dense", metavar="PATTERN",
-        help="attention of prefills: dense, or sparse: adaptive, vertical_slash, ... (default "
-        "%(default)s); part of what a stored context is found by",
+        "--prefill", default="adaptive", metavar="PATTERN",
+        help="attention of prefills: adaptive (sparse, dense on short prompts), dense (exact), "
+        "vertical_slash, ... (default %(default)s); part of what a stored context is found by",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", default="auto", help="of the model and its KV (default: the model's own)"
     )
+    parser.add_argument(
+        "--tls", action="store_true",
+        help="mutual TLS on every connection, with certificates made under the data directory",
+    )  # fmt: skip
     parser.add_argument(
         "--start-timeout-s", type=float, default=600.0, metavar="S",
         help="how long loading the model may take (default %(default)s)",
@@ -64,13 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
         data_dir=arguments.data_dir,
         listen=arguments.listen,
         worker_flags={"prefill_pattern": arguments.prefill, "dtype": arguments.dtype},
+        tls=arguments.tls,
         start_timeout_s=arguments.start_timeout_s,
     )
     console.print(f"starting {len(cluster.members)} processes, logs in {cluster.data_dir / 'logs'}")
     with cluster:
         for member in cluster.members:
             console.print(f"  {member.name:<12} {member.address:<22} pid {member.pid}")
-        console.print(f"ready: export LONGREACH_ADDRESS={cluster.address}; Ctrl-C stops")
+        settings = " ".join(f"{name}={value}" for name, value in cluster.environment.items())
+        console.print(f"ready: export {settings}; Ctrl-C stops", soft_wrap=True)
         try:
             _watch(cluster, console)
         except KeyboardInterrupt:

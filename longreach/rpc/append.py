@@ -13,6 +13,7 @@ from longreach import wire
 from longreach.errors import LongreachError, Unavailable
 from longreach.rpc.channels import sync_channel
 from longreach.rpc.status import error_from_rpc
+from longreach.rpc.tls import ChannelTls
 from longreach.types import AppendEntry
 from longreach.v1 import retrieval_pb2 as pb
 from longreach.v1.retrieval_pb2_grpc import RetrievalServiceStub
@@ -21,7 +22,8 @@ _log = logging.getLogger(__name__)
 
 OnAck = Callable[[int, int, LongreachError | None], None]
 """`on_ack(handle, stop, error)`: `stop` is one past the last position the node holds without a gap.
-With an error nothing of the entry was acknowledged and `stop` is the entry's start."""
+With an error nothing of the entry was stored, and `stop` is still what the node holds (0 where it
+does not know the session); when the stream broke nobody knows, and `stop` is the entry's start."""
 
 
 class AppendStream:
@@ -38,11 +40,11 @@ class AppendStream:
         address: str,
         on_ack: OnAck,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         self.address = address
         self._on_ack = on_ack
-        self._channel = sync_channel(address, own_connection=True, credentials=credentials)
+        self._channel = sync_channel(address, own_connection=True, tls=tls)
         self._stub = RetrievalServiceStub(self._channel)
         self._lock = threading.Lock()
         self._call: _AppendCall | None = None
@@ -146,13 +148,9 @@ class _AppendCall:
     def _acknowledge(self, response: pb.AppendResponse) -> None:
         with self._lock:
             entries = self._in_flight.pop(response.request_id, ())
-        for entry, result in zip(entries, response.results, strict=False):
-            failed = result.HasField("error")
-            self._tell(
-                result.handle,
-                entry.start if failed else result.stop,
-                wire.error_from_proto(result.error) if failed else None,
-            )
+        for _, result in zip(entries, response.results, strict=False):
+            refused = wire.error_from_proto(result.error) if result.HasField("error") else None
+            self._tell(result.handle, result.stop, refused)
 
     def _tell(self, handle: int, stop: int, error: LongreachError | None) -> None:
         try:

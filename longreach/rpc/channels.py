@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import grpc
 
+from longreach.rpc.tls import AsyncRenewingChannel, ChannelTls, RenewingChannel
+
 MAX_MESSAGE_BYTES = 64 << 20
 """Longest message any service sends or accepts."""
 
@@ -62,23 +64,23 @@ def sync_channel(
     address: str,
     *,
     own_connection: bool = False,
-    credentials: grpc.ChannelCredentials | None = None,
+    tls: ChannelTls | None = None,
 ) -> grpc.Channel:
-    """A channel for blocking clients and threads; plain text unless credentials are given."""
+    """A channel for blocking clients and threads; plain text without `tls`."""
     options = channel_options(own_connection=own_connection)
-    if credentials is None:
+    if tls is None:
         return grpc.insecure_channel(address, options=options)
-    return grpc.secure_channel(address, credentials, options=options)
+    return RenewingChannel(address, options, tls)
 
 
 def aio_channel(
     address: str,
     *,
     own_connection: bool = False,
-    credentials: grpc.ChannelCredentials | None = None,
+    tls: ChannelTls | None = None,
 ) -> grpc.aio.Channel:
     """A channel for asyncio; call it where the loop that will drive it runs."""
     options = channel_options(own_connection=own_connection)
-    if credentials is None:
+    if tls is None:
         return grpc.aio.insecure_channel(address, options=options)
-    return grpc.aio.secure_channel(address, credentials, options=options)
+    return AsyncRenewingChannel(address, options, tls)

@@ -14,6 +14,7 @@ from longreach import wire
 from longreach.errors import InvalidRequest
 from longreach.rpc.channels import sync_channel
 from longreach.rpc.status import error_from_rpc
+from longreach.rpc.tls import ChannelTls
 from longreach.steps import WorkerStatus
 from longreach.types import NodeStats
 from longreach.v1 import cluster_pb2 as pb
@@ -90,11 +91,11 @@ class HeartbeatSender:
         member: Callable[[], MemberReport],
         *,
         interval_s: float = HEARTBEAT_INTERVAL_S,
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         self._member = member
         self._interval_s = interval_s
-        self._credentials = credentials
+        self._tls = tls
         self._stopping = threading.Event()
         self._registered = threading.Event()
         self._threads = [
@@ -121,7 +122,7 @@ class HeartbeatSender:
                 thread.join()
 
     def _run(self, address: str) -> None:
-        with sync_channel(address, credentials=self._credentials) as channel:
+        with sync_channel(address, tls=self._tls) as channel:
             stub = ClusterServiceStub(channel)
             answered = True
             interval_s = self._interval_s

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -25,95 +28,158 @@ Response = TypeVar("Response")
 Call = grpc.aio.StreamStreamCall[Any, Any]
 
 
-class ReplyStream(Generic[Request, Response]):
-    """Writes requests, keeps a read pending, hands each reply to whoever asks for its number.
+@dataclass(slots=True)
+class _Asked(Generic[Request, Response]):
+    """A request, its size once it was sent, and what waits for its reply until `expires`."""
 
-    The call is opened by the first write and opened again by the first write after it broke;
-    everything unanswered fails when it breaks. Belongs to one event loop. The loop may stop between
-    `write` and `read`: what arrives meanwhile is delivered when it runs again.
+    request: Request
+    reply: asyncio.Future[Response]
+    expires: float
+    on_done: Callable[[], None] | None
+    bytes_sent: int = 0
+
+    def succeed(self, response: Response) -> None:
+        """Ends the wait with the reply."""
+        if not self.reply.done():
+            self.reply.set_result(response)
+        if self.on_done is not None:
+            self.on_done()
+
+    def fail(self, error: LongreachError) -> None:
+        """Ends the wait with an error."""
+        if not self.reply.done():
+            self.reply.set_exception(error)
+            self.reply.exception()  # Read already, as far as asyncio's warning is concerned.
+        if self.on_done is not None:
+            self.on_done()
+
+
+class ReplyStream(Generic[Request, Response]):
+    """Sends requests in order, keeps a read pending, gives each reply to the future of its number.
+
+    The call is opened by the first request and opened again by the first one after it broke;
+    everything unanswered fails when it breaks. Belongs to one event loop. The loop may stand still
+    at any time: what arrives meanwhile is delivered when it turns again.
     """
 
     def __init__(
         self,
         open_call: Callable[[], Call],
         reply_number: Callable[[Response], int],
+        loop: asyncio.AbstractEventLoop,
         *,
         peer: str,
         max_in_flight_bytes: int,
     ) -> None:
         self._open_call = open_call
         self._reply_number = reply_number
+        self._loop = loop
         self._peer = peer
         self._max_in_flight_bytes = max_in_flight_bytes
         self._call: Call | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._write_lock = asyncio.Lock()
-        self._sending: asyncio.Task[None] | None = None
-        self._replies: dict[int, asyncio.Future[Response]] = {}
-        self._unanswered_bytes: dict[int, int] = {}
+        self._sender: asyncio.Task[None] | None = None
+        self._unsent: deque[int] = deque()
+        self._asked: dict[int, _Asked[Request, Response]] = {}
         self._in_flight_bytes = 0
+        self._room = asyncio.Event()
+        self._watch: asyncio.TimerHandle | None = None
 
-    async def write(self, number: int, request: Request) -> None:
-        """Sends the request with this number, which is used once on a stream.
+    @property
+    def unsent(self) -> int:
+        """Requests that gRPC has not been given yet."""
+        return len(self._unsent)
 
-        Returns when the request is on its way; what breaks the stream is raised by `read`. Waits
-        for replies while more than `max_in_flight_bytes` are unanswered. Follow it with `read` or
-        `forget`.
+    def submit(
+        self,
+        number: int,
+        request: Request,
+        timeout_s: float = math.inf,
+        on_done: Callable[[], None] | None = None,
+    ) -> asyncio.Future[Response]:
+        """The reply to come to a request, whose number is used once on a stream.
+
+        Needs no running loop; the request leaves when the loop turns next, unless an earlier one is
+        still being written or more than `max_in_flight_bytes` are unanswered. The future ends with
+        DeadlineExceeded after `timeout_s` and with Unavailable when the stream breaks; cancelling
+        it drops the reply. `on_done` is called as soon as the future has ended but for a
+        cancellation, a turn of the loop before the future's own callbacks.
         """
-        size = request.ByteSize()
-        async with self._write_lock:  # A call takes one write at a time.
-            while self._unanswered_bytes and self._in_flight_bytes + size > (
-                self._max_in_flight_bytes
-            ):
-                await asyncio.wait([self._replies[next(iter(self._unanswered_bytes))]])
-            if self._sending is not None:
-                await self._sending
-            call = self._call or self._connect()
-            loop = asyncio.get_running_loop()
-            self._replies[number] = loop.create_future()
-            self._unanswered_bytes[number] = size
-            self._in_flight_bytes += size
-            # gRPC writes to the socket in the task's first step, which runs now. That the write is
-            # complete it says much later; by then the caller can be computing.
-            self._sending = loop.create_task(self._send(call, request))
-            await asyncio.sleep(0)
+        expires = self._loop.time() + timeout_s
+        asked: _Asked[Request, Response] = _Asked(
+            request, self._loop.create_future(), expires, on_done
+        )
+        self._asked[number] = asked
+        self._unsent.append(number)
+        if self._sender is None:
+            self._sender = self._loop.create_task(self._send())
+        if expires < (self._watch.when() if self._watch else math.inf):
+            self._watch_until(expires)
+        return asked.reply
 
-    async def _send(self, call: Call, request: Request) -> None:
+    async def _send(self) -> None:
+        """Writes what waits, one after another: a call takes one write at a time.
+
+        gRPC writes to the socket before the first wait in `write`. That the write is complete it
+        says much later; by then the caller can be computing.
+        """
+        try:
+            while self._unsent:
+                asked = self._asked.get(self._unsent[0])
+                if asked is None or asked.reply.cancelled():
+                    self._asked.pop(self._unsent.popleft(), None)
+                    continue
+                size = asked.request.ByteSize()
+                if self._in_flight_bytes and (
+                    self._in_flight_bytes + size > self._max_in_flight_bytes
+                ):
+                    self._room.clear()
+                    await self._room.wait()
+                    continue
+                self._unsent.popleft()
+                asked.bytes_sent = size
+                self._in_flight_bytes += size
+                await self._write(asked.request)
+        finally:
+            self._sender = None
+
+    async def _write(self, request: Request) -> None:
+        call = self._call or self._connect()
         try:
             await call.write(request)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             self._break(call, self._meant(error))
 
-    async def read(self, number: int, timeout_s: float | None = None) -> Response:
-        """The reply to the request with this number, once.
+    def _watch_until(self, expires: float) -> None:
+        """One timer for all requests: it fires at the first deadline there was, answered or not, so
+        that a request costs no timer of its own."""
+        if self._watch is not None:
+            self._watch.cancel()
+        self._watch = self._loop.call_at(expires, self._expire)
 
-        Raises DeadlineExceeded when it takes longer, Unavailable when the stream broke; a reply
-        that comes after its deadline is dropped.
-        """
-        reply = self._replies[number]
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await reply
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{self._peer} did not answer request {number} within {timeout_s} s"
-            ) from None
-        finally:
-            self.forget(number)
+    def _expire(self) -> None:
+        self._watch = None
+        now = self._loop.time()
+        for number in [n for n, asked in self._asked.items() if asked.expires <= now]:
+            asked = self._answered(number)
+            if asked is not None:
+                asked.fail(
+                    DeadlineExceeded(f"{self._peer} did not answer request {number} in its time")
+                )
+        left = min((asked.expires for asked in self._asked.values()), default=math.inf)
+        if left < math.inf:
+            self._watch_until(left)
 
-    def forget(self, number: int) -> None:
-        """Drops the reply to this request, come or still to come."""
-        reply = self._replies.pop(number, None)
-        if reply is not None:
-            reply.cancel()
-        self._answered(number)
-
-    def _answered(self, number: int) -> None:
-        self._in_flight_bytes -= self._unanswered_bytes.pop(number, 0)
+    def _answered(self, number: int) -> _Asked[Request, Response] | None:
+        asked = self._asked.pop(number, None)
+        if asked is not None and asked.bytes_sent:
+            self._in_flight_bytes -= asked.bytes_sent
+            self._room.set()
+        return asked
 
     def _connect(self) -> Call:
         self._call = self._open_call()
-        self._reader = asyncio.get_running_loop().create_task(self._receive(self._call))
+        self._reader = self._loop.create_task(self._receive(self._call))
         return self._call
 
     async def _receive(self, call: Call) -> None:
@@ -123,11 +189,9 @@ class ReplyStream(Generic[Request, Response]):
                 response: Any = await call.read()
                 if response is grpc.aio.EOF:
                     break
-                number = self._reply_number(response)
-                self._answered(number)
-                reply = self._replies.get(number)
-                if reply is not None and not reply.done():
-                    reply.set_result(response)
+                asked = self._answered(self._reply_number(response))
+                if asked is not None:  # Else it came after its deadline.
+                    asked.succeed(response)
         except Exception as failure:
             error = self._meant(failure)
         self._break(call, error)
@@ -142,24 +206,27 @@ class ReplyStream(Generic[Request, Response]):
     def _ended(self) -> LongreachError:
         return Unavailable(f"{self._peer} ended the stream; send again to reconnect")
 
-    def _break(self, call: Call, error: LongreachError) -> None:
-        """Fails everything unanswered on this call, so that the next write opens another."""
+    def _break(self, call: Call | None, error: LongreachError) -> None:
+        """Fails everything unanswered on this call, so that the next request opens another."""
         if self._call is not call:
             return
         self._call = None
-        call.cancel()
-        for reply in self._replies.values():
-            if not reply.done():
-                reply.set_exception(error)
-                reply.exception()  # Read already, as far as asyncio's warning is concerned.
-        self._unanswered_bytes.clear()
+        if call is not None:
+            call.cancel()
+        unanswered = list(self._asked.values())
+        self._asked.clear()
+        self._unsent.clear()
+        for asked in unanswered:
+            asked.fail(error)
         self._in_flight_bytes = 0
+        self._room.set()
 
     async def close(self) -> None:
         """Ends the stream; unanswered requests fail with Unavailable."""
-        if self._call is not None:
-            self._break(self._call, Unavailable(f"the stream to {self._peer} was closed here"))
-        for task in (self._reader, self._sending):
+        self._break(self._call, Unavailable(f"the stream to {self._peer} was closed here"))
+        if self._watch is not None:
+            self._watch.cancel()
+        for task in (self._reader, self._sender):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])

@@ -19,6 +19,7 @@ from longreach.rpc.append import AppendStream
 from longreach.rpc.attend import AttendStream
 from longreach.rpc.channels import aio_channel, sync_channel
 from longreach.rpc.status import error_from_rpc
+from longreach.rpc.tls import ChannelTls
 from longreach.types import (
     AttendResult,
     AttendRows,
@@ -70,11 +71,11 @@ class NodeClient:
         address: str,
         *,
         timeout_s: float = CONTROL_TIMEOUT_S,
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
-        self._channel = sync_channel(address, own_connection=True, credentials=credentials)
+        self._channel = sync_channel(address, own_connection=True, tls=tls)
         self._stub = RetrievalServiceStub(self._channel)
 
     @_raises_longreach_errors
@@ -214,11 +215,11 @@ class AsyncNodeClient:
         address: str,
         *,
         timeout_s: float = CONTROL_TIMEOUT_S,
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
-        self._channel = aio_channel(address, credentials=credentials)
+        self._channel = aio_channel(address, tls=tls)
         self._stub = RetrievalServiceStub(self._channel)
 
     async def drop(self, context_id: str, capability: bytes) -> int:
@@ -226,6 +227,14 @@ class AsyncNodeClient:
         request = pb.DropRequest(context_id=context_id, capability=capability)
         try:
             return (await self._stub.Drop(request, timeout=self._timeout_s)).bytes_freed
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, peer=self.address) from None
+
+    async def close_session(self, session_id: str, capability: bytes) -> int:
+        """Ends a session by id, if the node has it; returns the bytes of tail freed."""
+        request = pb.CloseSessionRequest(session_id=session_id, capability=capability)
+        try:
+            return (await self._stub.CloseSession(request, timeout=self._timeout_s)).bytes_freed
         except grpc.RpcError as error:
             raise error_from_rpc(error, peer=self.address) from None
 

@@ -21,6 +21,16 @@ ERROR_DOMAIN = "longreach"
 # What grpc.aio says when it writes to a connection that has just broken.
 _WRITE_FAILED_DETAILS = "Internal error from Core"
 
+# What gRPC says when TLS fails, and what that means here.
+_TLS_HINTS = {
+    "Hostname Verification Check failed": " (the certificate there does not name the member that "
+    "is expected at this address)",
+    "CERTIFICATE_VERIFY_FAILED": " (the certificate there is not signed by the CA of tls_ca)",
+    "WRONG_VERSION_NUMBER": " (no TLS is spoken there; leave tls_ca empty, or turn TLS on there)",
+    "Socket closed": " (a server that asks for TLS or for a certificate closes so, too: see "
+    "tls_ca, tls_cert and tls_key)",
+}
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 
@@ -56,7 +66,8 @@ def error_from_rpc(error: grpc.RpcError, *, peer: str = "") -> LongreachError:
         return Unavailable(f"the connection to {peer or 'the peer'} broke while sending")
     if status is None:
         where = f"{peer}: " if peer else ""
-        return error_for(code, error.code().name, f"{where}{details or error.code().name}")
+        hint = next((h for sign, h in _TLS_HINTS.items() if sign in details), "")
+        return error_for(code, error.code().name, f"{where}{details or error.code().name}{hint}")
     reason, retry_after_s = error.code().name, None
     for detail in status.details:
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()

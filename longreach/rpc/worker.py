@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import math
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
@@ -11,6 +13,7 @@ from longreach import wire
 from longreach.rpc.channels import MAX_MESSAGE_BYTES, aio_channel
 from longreach.rpc.reply_stream import ReplyStream
 from longreach.rpc.status import error_from_rpc
+from longreach.rpc.tls import ChannelTls
 from longreach.steps import PrefillProgress, StepOutcome, StepRow, WorkerStatus
 from longreach.types import Budget, Identity, SessionRecord, ShardMap
 from longreach.v1 import worker_pb2 as pb
@@ -33,16 +36,17 @@ class WorkerClient:
         address: str,
         *,
         timeout_s: float = CONTROL_TIMEOUT_S,
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
-        self._channel = aio_channel(address, own_connection=True, credentials=credentials)
+        self._channel = aio_channel(address, own_connection=True, tls=tls)
         self._stub = WorkerServiceStub(self._channel)
         self._step_ids = itertools.count(1)
         self._steps: ReplyStream[pb.StepRequest, pb.StepResponse] = ReplyStream(
             self._stub.Step,
             lambda response: response.step_id,
+            asyncio.get_running_loop(),
             peer=address,
             max_in_flight_bytes=MAX_MESSAGE_BYTES,
         )
@@ -110,7 +114,7 @@ class WorkerClient:
         except grpc.RpcError as error:
             raise error_from_rpc(error, peer=self.address) from None
 
-    async def step(self, rows: Sequence[StepRow], timeout_s: float | None = None) -> StepOutcome:
+    async def step(self, rows: Sequence[StepRow], timeout_s: float = math.inf) -> StepOutcome:
         """Feeds the rows in one step; results in their order.
 
         Steps may be sent before earlier ones are answered. Raises Unavailable when the stream
@@ -121,8 +125,7 @@ class WorkerClient:
         request = pb.StepRequest(
             step_id=step_id, rows=[wire.step_row_to_proto(row) for row in rows]
         )
-        await self._steps.write(step_id, request)
-        return wire.step_outcome_from_proto(await self._steps.read(step_id, timeout_s))
+        return wire.step_outcome_from_proto(await self._steps.submit(step_id, request, timeout_s))
 
     async def status(self) -> WorkerStatus:
         """What the worker is and what it holds."""

@@ -13,10 +13,12 @@ import grpc
 from longreach.errors import Cancelled
 from longreach.rpc.channels import aio_channel
 from longreach.rpc.status import error_from_rpc
+from longreach.rpc.tls import ChannelTls
 from longreach.sdk import messages
 from longreach.sdk.client import Client, Progress
 from longreach.sdk.models import Context, Generation, Status, Token
 from longreach.sdk.options import GenerateKeywords, GenerateOptions
+from longreach.security.tls import client_files
 from longreach.v1 import generation_pb2 as pb
 from longreach.v1.generation_pb2_grpc import GenerationServiceStub
 
@@ -28,13 +30,22 @@ class AsyncClient:
     """
 
     def __init__(
-        self, address: str, *, timeout_s: float | None = None, api_key: str | None = None
+        self,
+        address: str,
+        *,
+        timeout_s: float | None = None,
+        api_key: str | None = None,
+        tls_ca: str = "",
+        tls_cert: str = "",
+        tls_key: str = "",
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._api_key = api_key
         self._metadata = messages.call_metadata(api_key)
-        self._channel = aio_channel(address)
+        self._tls = {"tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
+        files = client_files(tls_cert, tls_key, tls_ca)
+        self._channel = aio_channel(address, tls=ChannelTls(files) if files else None)
         self._stub = GenerationServiceStub(self._channel)
         self._blocking: Client | None = None
         self.contexts = AsyncContexts(self)
@@ -87,7 +98,9 @@ class AsyncClient:
         failed write overwrites it with INTERNAL. Threads also keep slow sources off the loop.
         """
         if self._blocking is None:
-            self._blocking = Client(self.address, timeout_s=self._timeout_s, api_key=self._api_key)
+            self._blocking = Client(
+                self.address, timeout_s=self._timeout_s, api_key=self._api_key, **self._tls
+            )
         return self._blocking
 
     def _call(self, method: str, request: Any, timeout_s: float | None) -> Any:

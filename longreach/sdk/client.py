@@ -13,10 +13,12 @@ import grpc
 from longreach.errors import Cancelled
 from longreach.rpc.channels import sync_channel
 from longreach.rpc.status import error_from_rpc
+from longreach.rpc.tls import ChannelTls
 from longreach.sdk import messages
 from longreach.sdk.models import Context, Generation, Status, Token
 from longreach.sdk.options import GenerateKeywords, GenerateOptions
 from longreach.sdk.upload import Upload
+from longreach.security.tls import client_files
 from longreach.v1 import generation_pb2 as pb
 from longreach.v1.generation_pb2_grpc import GenerationServiceStub
 
@@ -28,16 +30,26 @@ class Client:
 
     `timeout_s` is the deadline of each call, none by default; every method takes its own. A call
     past its deadline raises DeadlineExceeded and is cancelled on the server. `api_key` is sent as a
-    bearer token. Close the client, or use it as a context manager.
+    bearer token. `tls_ca` (a PEM file) turns TLS on; `tls_cert` and `tls_key` show the client's own
+    certificate where the coordinator asks for one. The files are read again when they change. Close
+    the client, or use it as a context manager.
     """
 
     def __init__(
-        self, address: str, *, timeout_s: float | None = None, api_key: str | None = None
+        self,
+        address: str,
+        *,
+        timeout_s: float | None = None,
+        api_key: str | None = None,
+        tls_ca: str = "",
+        tls_cert: str = "",
+        tls_key: str = "",
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._metadata = messages.call_metadata(api_key)
-        self._channel = sync_channel(address)
+        files = client_files(tls_cert, tls_key, tls_ca)
+        self._channel = sync_channel(address, tls=ChannelTls(files) if files else None)
         self._stub = GenerationServiceStub(self._channel)
         self.contexts = Contexts(self)
 
@@ -166,7 +178,8 @@ class Contexts:
     ) -> Context:
         """Waits until the index of a context is complete; questions are answered before, too.
 
-        Raises DeadlineExceeded after `timeout_s`, and FailedPrecondition if the context failed.
+        Raises DeadlineExceeded after `timeout_s`, and FailedPrecondition if the context failed or
+        its index did (reason INDEX_FAILED; the context still answers).
         """
         started = time.monotonic()
         polls = 0

@@ -146,6 +146,7 @@ def context_from_proto(message: pb.Context, *, found: bool = False) -> models.Co
         prefill_s=message.prefill_s,
         shard_map=wire.shard_map_from_proto(message.shard_map),
         error=message.error,
+        index_error=message.index_error,
         found=found,
     )
 
@@ -173,6 +174,12 @@ def index_wait_s(context: models.Context, polls: int) -> float | None:
         raise FailedPrecondition(
             f"context {context.id} is {context.state}: {context.error or 'no reason given'}; "
             "its index cannot be waited for"
+        )
+    if context.index_error:
+        raise FailedPrecondition(
+            f"the index of context {context.id} was not built: {context.index_error}; "
+            f"{context.index_kind or 'exact search'} goes on answering",
+            reason="INDEX_FAILED",
         )
     return float(min(_INDEX_POLL_S_MAX, _INDEX_POLL_S_MIN * 1.25**polls))
 

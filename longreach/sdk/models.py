@@ -27,6 +27,7 @@ class Context:
     `state`: "reserved", "filling", "ready", "unavailable" or "failed" (then `error` says why).
     `kv_bytes`: K and V on the nodes, one copy. `prefill_fraction` and `index_fraction` in [0, 1];
     a ready context answers by exact search while its index builds. `index_kind`: what answers now.
+    `index_error`: why the index, or a part of it, could not be built; what answers now goes on.
     `found`: `contexts.create` found it stored instead of computing it.
     """
 
@@ -44,6 +45,7 @@ class Context:
     prefill_s: float
     shard_map: ShardMap
     error: str = ""
+    index_error: str = ""
     found: bool = False
 
     @property

@@ -45,6 +45,11 @@ class ClusterServiceStub:
                 request_serializer=longreach_dot_v1_dot_cluster__pb2.LeaveRequest.SerializeToString,
                 response_deserializer=longreach_dot_v1_dot_cluster__pb2.LeaveResponse.FromString,
                 _registered_method=True)
+        self.RebuildCatalog = channel.unary_unary(
+                '/longreach.v1.ClusterService/RebuildCatalog',
+                request_serializer=longreach_dot_v1_dot_cluster__pb2.RebuildCatalogRequest.SerializeToString,
+                response_deserializer=longreach_dot_v1_dot_cluster__pb2.RebuildCatalogResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -65,6 +70,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RebuildCatalog(self, request, context):
+        """Asks every node what it holds and writes contexts that the catalog lacks. For operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Leave,
                     request_deserializer=longreach_dot_v1_dot_cluster__pb2.LeaveRequest.FromString,
                     response_serializer=longreach_dot_v1_dot_cluster__pb2.LeaveResponse.SerializeToString,
+            ),
+            'RebuildCatalog': grpc.unary_unary_rpc_method_handler(
+                    servicer.RebuildCatalog,
+                    request_deserializer=longreach_dot_v1_dot_cluster__pb2.RebuildCatalogRequest.FromString,
+                    response_serializer=longreach_dot_v1_dot_cluster__pb2.RebuildCatalogResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class ClusterService:
             '/longreach.v1.ClusterService/Leave',
             longreach_dot_v1_dot_cluster__pb2.LeaveRequest.SerializeToString,
             longreach_dot_v1_dot_cluster__pb2.LeaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RebuildCatalog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longreach.v1.ClusterService/RebuildCatalog',
+            longreach_dot_v1_dot_cluster__pb2.RebuildCatalogRequest.SerializeToString,
+            longreach_dot_v1_dot_cluster__pb2.RebuildCatalogResponse.FromString,
             options,
             channel_credentials,
             insecure,

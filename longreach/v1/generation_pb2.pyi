@@ -190,6 +190,7 @@ class Context(_message.Message):
     PREFILL_S_FIELD_NUMBER: _builtins.int
     SHARD_MAP_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    INDEX_ERROR_FIELD_NUMBER: _builtins.int
     context_id: _builtins.str
     """Content-derived id."""
     name: _builtins.str
@@ -216,6 +217,10 @@ class Context(_message.Message):
     """Seconds the prefill took."""
     error: _builtins.str
     """Why it failed, when it did."""
+    index_error: _builtins.str
+    """Why building the index failed, when it did: `index_fraction` stays below 1, and `index_kind`
+    goes on answering.
+    """
     @_builtins.property
     def shard_map(self) -> _common_pb2.ShardMap:
         """Where it lives."""
@@ -237,10 +242,11 @@ class Context(_message.Message):
         prefill_s: _builtins.float = ...,
         shard_map: _common_pb2.ShardMap | None = ...,
         error: _builtins.str = ...,
+        index_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shard_map", b"shard_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "created_at", b"created_at", "error", b"error", "index_bytes", b"index_bytes", "index_fraction", b"index_fraction", "index_kind", b"index_kind", "kv_bytes", b"kv_bytes", "model", b"model", "name", b"name", "prefill_fraction", b"prefill_fraction", "prefill_s", b"prefill_s", "shard_map", b"shard_map", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "created_at", b"created_at", "error", b"error", "index_bytes", b"index_bytes", "index_error", b"index_error", "index_fraction", b"index_fraction", "index_kind", b"index_kind", "kv_bytes", b"kv_bytes", "model", b"model", "name", b"name", "prefill_fraction", b"prefill_fraction", "prefill_s", b"prefill_s", "shard_map", b"shard_map", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

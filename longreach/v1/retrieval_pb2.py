@@ -26,7 +26,7 @@ from longreach.v1 import common_pb2 as longreach_dot_v1_dot_common__pb2
 from longreach.v1 import tensor_pb2 as longreach_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clongreach/v1/retrieval.proto\x12\x0clongreach.v1\x1a\x19longreach/v1/common.proto\x1a\x19longreach/v1/tensor.proto\"\x94\x01\n\nPutRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.longreach.v1.PutHeaderH\x00\x12&\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x15.longreach.v1.KvBlockH\x00\x12+\n\x06sample\x18\x03 \x01(\x0b\x32\x19.longreach.v1.QuerySampleH\x00\x42\x06\n\x04part\"\xae\x01\n\tPutHeader\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\"\n\x05shard\x18\x02 \x01(\x0b\x32\x13.longreach.v1.Shard\x12(\n\x08identity\x18\x03 \x01(\x0b\x32\x16.longreach.v1.Identity\x12+\n\x06layers\x18\x04 \x03(\x0b\x32\x1b.longreach.v1.LayerGeometry\x12\x12\n\ncapability\x18\x05 \x01(\x0c\"\x83\x01\n\x0bQuerySample\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x15\n\rkv_head_start\x18\x02 \x01(\r\x12\'\n\tpositions\x18\x03 \x01(\x0b\x32\x14.longreach.v1.Tensor\x12%\n\x07queries\x18\x04 \x01(\x0b\x32\x14.longreach.v1.Tensor\"#\n\x0bPutResponse\x12\x14\n\x0c\x62ytes_stored\x18\x01 \x01(\x04\"p\n\x0bSealRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\x12\n\ncapability\x18\x03 \x01(\x0c\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.longreach.v1.Tensor\"6\n\x0cSealResponse\x12\x10\n\x08\x63hecksum\x18\x01 \x01(\r\x12\x14\n\x0c\x62ytes_stored\x18\x02 \x01(\x04\"\xd6\x01\n\x12OpenSessionRequest\x12\x12\n\ncapability\x18\x01 \x01(\x0c\x12+\n\x06record\x18\x02 \x01(\x0b\x32\x1b.longreach.v1.SessionRecord\x12(\n\x08identity\x18\x03 \x01(\x0b\x32\x16.longreach.v1.Identity\x12(\n\x0btail_shards\x18\x04 \x03(\x0b\x32\x13.longreach.v1.Shard\x12+\n\x06layers\x18\x05 \x03(\x0b\x32\x1b.longreach.v1.LayerGeometry\"3\n\x13OpenSessionResponse\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\x0c\n\x04stop\x18\x02 \x01(\x03\"%\n\x13\x43loseSessionRequest\x12\x0e\n\x06handle\x18\x01 \x01(\x06\"+\n\x14\x43loseSessionResponse\x12\x13\n\x0b\x62ytes_freed\x18\x01 \x01(\x04\"\xdc\x01\n\nAttendRows\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x15\n\rkv_head_start\x18\x03 \x01(\r\x12\x14\n\x0ckv_head_stop\x18\x04 \x01(\r\x12!\n\x05scope\x18\x05 \x01(\x0b\x32\x12.longreach.v1.Span\x12$\n\x06\x62udget\x18\x06 \x01(\x0b\x32\x14.longreach.v1.Budget\x12)\n\x0blogit_floor\x18\x07 \x01(\x0b\x32\x14.longreach.v1.Tensor\x12\x0f\n\x07q_heads\x18\x08 \x01(\r\"\xa1\x01\n\rAttendRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12&\n\x04rows\x18\x03 \x03(\x0b\x32\x18.longreach.v1.AttendRows\x12%\n\x07queries\x18\x04 \x01(\x0b\x32\x14.longreach.v1.Tensor\x12\r\n\x05scale\x18\x05 \x01(\x02\x12\x0f\n\x07softcap\x18\x06 \x01(\x02\"y\n\x10\x41ttendRowsResult\x12\'\n\x04work\x18\x01 \x01(\x0b\x32\x19.longreach.v1.WorkFigures\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.longreach.v1.StreamError\x12\x12\n\nindex_kind\x18\x03 \x01(\t\"X\n\x0c\x41ttendTiming\x12\x10\n\x08queue_us\x18\x01 \x01(\r\x12\x11\n\tsearch_us\x18\x02 \x01(\r\x12\x11\n\tattend_us\x18\x03 \x01(\r\x12\x10\n\x08merge_us\x18\x04 \x01(\r\"\xf5\x01\n\x0e\x41ttendResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12%\n\x07outputs\x18\x02 \x01(\x0b\x32\x14.longreach.v1.Tensor\x12!\n\x03lse\x18\x03 \x01(\x0b\x32\x14.longreach.v1.Tensor\x12/\n\x07results\x18\x04 \x03(\x0b\x32\x1e.longreach.v1.AttendRowsResult\x12*\n\x06timing\x18\x05 \x01(\x0b\x32\x1a.longreach.v1.AttendTiming\x12(\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x19.longreach.v1.StreamError\"@\n\x11\x41ttendOnceRequest\x12+\n\x06\x61ttend\x18\x01 \x01(\x0b\x32\x1b.longreach.v1.AttendRequest\"B\n\x12\x41ttendOnceResponse\x12,\n\x06\x61ttend\x18\x01 \x01(\x0b\x32\x1c.longreach.v1.AttendResponse\"u\n\x0b\x41ppendEntry\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05start\x18\x03 \x01(\x03\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12%\n\x06\x62locks\x18\x05 \x03(\x0b\x32\x15.longreach.v1.KvBlock\"O\n\rAppendRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x19.longreach.v1.AppendEntry\"V\n\x0c\x41ppendResult\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\x0c\n\x04stop\x18\x02 \x01(\x03\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.longreach.v1.StreamError\"Q\n\x0e\x41ppendResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12+\n\x07results\x18\x02 \x03(\x0b\x32\x1a.longreach.v1.AppendResult\"O\n\x0bReadRequest\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12 \n\x04span\x18\x03 \x01(\x0b\x32\x12.longreach.v1.Span\"4\n\x0cReadResponse\x12$\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x15.longreach.v1.KvBlock\"5\n\x0b\x44ropRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x12\n\ncapability\x18\x02 \x01(\x0c\"#\n\x0c\x44ropResponse\x12\x13\n\x0b\x62ytes_freed\x18\x01 \x01(\x04\"&\n\x10InventoryRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\"\x89\x01\n\x0bIndexStatus\x12\x14\n\x0cserving_kind\x18\x01 \x01(\t\x12\x13\n\x0btarget_kind\x18\x02 \x01(\t\x12\r\n\x05\x62uilt\x18\x03 \x01(\r\x12\r\n\x05total\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x62uild_cpu_s\x18\x06 \x01(\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"\xe9\x01\n\x0eShardInventory\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\"\n\x05shard\x18\x02 \x01(\x0b\x32\x13.longreach.v1.Shard\x12(\n\x08identity\x18\x03 \x01(\x0b\x32\x16.longreach.v1.Identity\x12\x0e\n\x06sealed\x18\x04 \x01(\x08\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\r\x12\x14\n\x0c\x62ytes_stored\x18\x06 \x01(\x04\x12(\n\x05index\x18\x07 \x01(\x0b\x32\x19.longreach.v1.IndexStatus\x12\x13\n\x0bsnapshotted\x18\x08 \x01(\x08\"V\n\x11InventoryResponse\x12,\n\x06shards\x18\x01 \x03(\x0b\x32\x1c.longreach.v1.ShardInventory\x12\x13\n\x0bsession_ids\x18\x02 \x03(\t\"\x0e\n\x0cStatsRequest\"\xdf\x01\n\rStatsResponse\x12\x1a\n\x12memory_limit_bytes\x18\x01 \x01(\x04\x12\x15\n\rcontext_bytes\x18\x02 \x01(\x04\x12\x13\n\x0bindex_bytes\x18\x03 \x01(\x04\x12\x12\n\ntail_bytes\x18\x04 \x01(\x04\x12\x11\n\trss_bytes\x18\x05 \x01(\x04\x12\x10\n\x08sessions\x18\x06 \x01(\r\x12\x17\n\x0f\x61ttend_requests\x18\x07 \x01(\x04\x12\'\n\x04work\x18\x08 \x01(\x0b\x32\x19.longreach.v1.WorkFigures\x12\x0b\n\x03isa\x18\t \x01(\t2\xad\x06\n\x10RetrievalService\x12<\n\x03Put\x12\x18.longreach.v1.PutRequest\x1a\x19.longreach.v1.PutResponse(\x01\x12=\n\x04Seal\x12\x19.longreach.v1.SealRequest\x1a\x1a.longreach.v1.SealResponse\x12R\n\x0bOpenSession\x12 .longreach.v1.OpenSessionRequest\x1a!.longreach.v1.OpenSessionResponse\x12U\n\x0c\x43loseSession\x12!.longreach.v1.CloseSessionRequest\x1a\".longreach.v1.CloseSessionResponse\x12G\n\x06\x41ttend\x12\x1b.longreach.v1.AttendRequest\x1a\x1c.longreach.v1.AttendResponse(\x01\x30\x01\x12O\n\nAttendOnce\x12\x1f.longreach.v1.AttendOnceRequest\x1a .longreach.v1.AttendOnceResponse\x12G\n\x06\x41ppend\x12\x1b.longreach.v1.AppendRequest\x1a\x1c.longreach.v1.AppendResponse(\x01\x30\x01\x12?\n\x04Read\x12\x19.longreach.v1.ReadRequest\x1a\x1a.longreach.v1.ReadResponse0\x01\x12=\n\x04\x44rop\x12\x19.longreach.v1.DropRequest\x1a\x1a.longreach.v1.DropResponse\x12L\n\tInventory\x12\x1e.longreach.v1.InventoryRequest\x1a\x1f.longreach.v1.InventoryResponse\x12@\n\x05Stats\x12\x1a.longreach.v1.StatsRequest\x1a\x1b.longreach.v1.StatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clongreach/v1/retrieval.proto\x12\x0clongreach.v1\x1a\x19longreach/v1/common.proto\x1a\x19longreach/v1/tensor.proto\"\x94\x01\n\nPutRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.longreach.v1.PutHeaderH\x00\x12&\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x15.longreach.v1.KvBlockH\x00\x12+\n\x06sample\x18\x03 \x01(\x0b\x32\x19.longreach.v1.QuerySampleH\x00\x42\x06\n\x04part\"\xae\x01\n\tPutHeader\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\"\n\x05shard\x18\x02 \x01(\x0b\x32\x13.longreach.v1.Shard\x12(\n\x08identity\x18\x03 \x01(\x0b\x32\x16.longreach.v1.Identity\x12+\n\x06layers\x18\x04 \x03(\x0b\x32\x1b.longreach.v1.LayerGeometry\x12\x12\n\ncapability\x18\x05 \x01(\x0c\"\x83\x01\n\x0bQuerySample\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x15\n\rkv_head_start\x18\x02 \x01(\r\x12\'\n\tpositions\x18\x03 \x01(\x0b\x32\x14.longreach.v1.Tensor\x12%\n\x07queries\x18\x04 \x01(\x0b\x32\x14.longreach.v1.Tensor\"#\n\x0bPutResponse\x12\x14\n\x0c\x62ytes_stored\x18\x01 \x01(\x04\"p\n\x0bSealRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\x12\n\ncapability\x18\x03 \x01(\x0c\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.longreach.v1.Tensor\"6\n\x0cSealResponse\x12\x10\n\x08\x63hecksum\x18\x01 \x01(\r\x12\x14\n\x0c\x62ytes_stored\x18\x02 \x01(\x04\"\xd6\x01\n\x12OpenSessionRequest\x12\x12\n\ncapability\x18\x01 \x01(\x0c\x12+\n\x06record\x18\x02 \x01(\x0b\x32\x1b.longreach.v1.SessionRecord\x12(\n\x08identity\x18\x03 \x01(\x0b\x32\x16.longreach.v1.Identity\x12(\n\x0btail_shards\x18\x04 \x03(\x0b\x32\x13.longreach.v1.Shard\x12+\n\x06layers\x18\x05 \x03(\x0b\x32\x1b.longreach.v1.LayerGeometry\"3\n\x13OpenSessionResponse\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\x0c\n\x04stop\x18\x02 \x01(\x03\"M\n\x13\x43loseSessionRequest\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x12\n\ncapability\x18\x03 \x01(\x0c\"+\n\x14\x43loseSessionResponse\x12\x13\n\x0b\x62ytes_freed\x18\x01 \x01(\x04\"\xdc\x01\n\nAttendRows\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x15\n\rkv_head_start\x18\x03 \x01(\r\x12\x14\n\x0ckv_head_stop\x18\x04 \x01(\r\x12!\n\x05scope\x18\x05 \x01(\x0b\x32\x12.longreach.v1.Span\x12$\n\x06\x62udget\x18\x06 \x01(\x0b\x32\x14.longreach.v1.Budget\x12)\n\x0blogit_floor\x18\x07 \x01(\x0b\x32\x14.longreach.v1.Tensor\x12\x0f\n\x07q_heads\x18\x08 \x01(\r\"\xa1\x01\n\rAttendRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12&\n\x04rows\x18\x03 \x03(\x0b\x32\x18.longreach.v1.AttendRows\x12%\n\x07queries\x18\x04 \x01(\x0b\x32\x14.longreach.v1.Tensor\x12\r\n\x05scale\x18\x05 \x01(\x02\x12\x0f\n\x07softcap\x18\x06 \x01(\x02\"y\n\x10\x41ttendRowsResult\x12\'\n\x04work\x18\x01 \x01(\x0b\x32\x19.longreach.v1.WorkFigures\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.longreach.v1.StreamError\x12\x12\n\nindex_kind\x18\x03 \x01(\t\"X\n\x0c\x41ttendTiming\x12\x10\n\x08queue_us\x18\x01 \x01(\r\x12\x11\n\tsearch_us\x18\x02 \x01(\r\x12\x11\n\tattend_us\x18\x03 \x01(\r\x12\x10\n\x08merge_us\x18\x04 \x01(\r\"\xf5\x01\n\x0e\x41ttendResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12%\n\x07outputs\x18\x02 \x01(\x0b\x32\x14.longreach.v1.Tensor\x12!\n\x03lse\x18\x03 \x01(\x0b\x32\x14.longreach.v1.Tensor\x12/\n\x07results\x18\x04 \x03(\x0b\x32\x1e.longreach.v1.AttendRowsResult\x12*\n\x06timing\x18\x05 \x01(\x0b\x32\x1a.longreach.v1.AttendTiming\x12(\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x19.longreach.v1.StreamError\"@\n\x11\x41ttendOnceRequest\x12+\n\x06\x61ttend\x18\x01 \x01(\x0b\x32\x1b.longreach.v1.AttendRequest\"B\n\x12\x41ttendOnceResponse\x12,\n\x06\x61ttend\x18\x01 \x01(\x0b\x32\x1c.longreach.v1.AttendResponse\"u\n\x0b\x41ppendEntry\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05start\x18\x03 \x01(\x03\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12%\n\x06\x62locks\x18\x05 \x03(\x0b\x32\x15.longreach.v1.KvBlock\"O\n\rAppendRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x19.longreach.v1.AppendEntry\"V\n\x0c\x41ppendResult\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\x0c\n\x04stop\x18\x02 \x01(\x03\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.longreach.v1.StreamError\"Q\n\x0e\x41ppendResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12+\n\x07results\x18\x02 \x03(\x0b\x32\x1a.longreach.v1.AppendResult\"O\n\x0bReadRequest\x12\x0e\n\x06handle\x18\x01 \x01(\x06\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12 \n\x04span\x18\x03 \x01(\x0b\x32\x12.longreach.v1.Span\"4\n\x0cReadResponse\x12$\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x15.longreach.v1.KvBlock\"5\n\x0b\x44ropRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x12\n\ncapability\x18\x02 \x01(\x0c\"#\n\x0c\x44ropResponse\x12\x13\n\x0b\x62ytes_freed\x18\x01 \x01(\x04\"&\n\x10InventoryRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\"\x89\x01\n\x0bIndexStatus\x12\x14\n\x0cserving_kind\x18\x01 \x01(\t\x12\x13\n\x0btarget_kind\x18\x02 \x01(\t\x12\r\n\x05\x62uilt\x18\x03 \x01(\r\x12\r\n\x05total\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x62uild_cpu_s\x18\x06 \x01(\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"\xe9\x01\n\x0eShardInventory\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\"\n\x05shard\x18\x02 \x01(\x0b\x32\x13.longreach.v1.Shard\x12(\n\x08identity\x18\x03 \x01(\x0b\x32\x16.longreach.v1.Identity\x12\x0e\n\x06sealed\x18\x04 \x01(\x08\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\r\x12\x14\n\x0c\x62ytes_stored\x18\x06 \x01(\x04\x12(\n\x05index\x18\x07 \x01(\x0b\x32\x19.longreach.v1.IndexStatus\x12\x13\n\x0bsnapshotted\x18\x08 \x01(\x08\"V\n\x11InventoryResponse\x12,\n\x06shards\x18\x01 \x03(\x0b\x32\x1c.longreach.v1.ShardInventory\x12\x13\n\x0bsession_ids\x18\x02 \x03(\t\"\x0e\n\x0cStatsRequest\"\xdf\x01\n\rStatsResponse\x12\x1a\n\x12memory_limit_bytes\x18\x01 \x01(\x04\x12\x15\n\rcontext_bytes\x18\x02 \x01(\x04\x12\x13\n\x0bindex_bytes\x18\x03 \x01(\x04\x12\x12\n\ntail_bytes\x18\x04 \x01(\x04\x12\x11\n\trss_bytes\x18\x05 \x01(\x04\x12\x10\n\x08sessions\x18\x06 \x01(\r\x12\x17\n\x0f\x61ttend_requests\x18\x07 \x01(\x04\x12\'\n\x04work\x18\x08 \x01(\x0b\x32\x19.longreach.v1.WorkFigures\x12\x0b\n\x03isa\x18\t \x01(\t2\xad\x06\n\x10RetrievalService\x12<\n\x03Put\x12\x18.longreach.v1.PutRequest\x1a\x19.longreach.v1.PutResponse(\x01\x12=\n\x04Seal\x12\x19.longreach.v1.SealRequest\x1a\x1a.longreach.v1.SealResponse\x12R\n\x0bOpenSession\x12 .longreach.v1.OpenSessionRequest\x1a!.longreach.v1.OpenSessionResponse\x12U\n\x0c\x43loseSession\x12!.longreach.v1.CloseSessionRequest\x1a\".longreach.v1.CloseSessionResponse\x12G\n\x06\x41ttend\x12\x1b.longreach.v1.AttendRequest\x1a\x1c.longreach.v1.AttendResponse(\x01\x30\x01\x12O\n\nAttendOnce\x12\x1f.longreach.v1.AttendOnceRequest\x1a .longreach.v1.AttendOnceResponse\x12G\n\x06\x41ppend\x12\x1b.longreach.v1.AppendRequest\x1a\x1c.longreach.v1.AppendResponse(\x01\x30\x01\x12?\n\x04Read\x12\x19.longreach.v1.ReadRequest\x1a\x1a.longreach.v1.ReadResponse0\x01\x12=\n\x04\x44rop\x12\x19.longreach.v1.DropRequest\x1a\x1a.longreach.v1.DropResponse\x12L\n\tInventory\x12\x1e.longreach.v1.InventoryRequest\x1a\x1f.longreach.v1.InventoryResponse\x12@\n\x05Stats\x12\x1a.longreach.v1.StatsRequest\x1a\x1b.longreach.v1.StatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,51 +50,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENSESSIONRESPONSE']._serialized_start=986
   _globals['_OPENSESSIONRESPONSE']._serialized_end=1037
   _globals['_CLOSESESSIONREQUEST']._serialized_start=1039
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=1076
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1078
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1121
-  _globals['_ATTENDROWS']._serialized_start=1124
-  _globals['_ATTENDROWS']._serialized_end=1344
-  _globals['_ATTENDREQUEST']._serialized_start=1347
-  _globals['_ATTENDREQUEST']._serialized_end=1508
-  _globals['_ATTENDROWSRESULT']._serialized_start=1510
-  _globals['_ATTENDROWSRESULT']._serialized_end=1631
-  _globals['_ATTENDTIMING']._serialized_start=1633
-  _globals['_ATTENDTIMING']._serialized_end=1721
-  _globals['_ATTENDRESPONSE']._serialized_start=1724
-  _globals['_ATTENDRESPONSE']._serialized_end=1969
-  _globals['_ATTENDONCEREQUEST']._serialized_start=1971
-  _globals['_ATTENDONCEREQUEST']._serialized_end=2035
-  _globals['_ATTENDONCERESPONSE']._serialized_start=2037
-  _globals['_ATTENDONCERESPONSE']._serialized_end=2103
-  _globals['_APPENDENTRY']._serialized_start=2105
-  _globals['_APPENDENTRY']._serialized_end=2222
-  _globals['_APPENDREQUEST']._serialized_start=2224
-  _globals['_APPENDREQUEST']._serialized_end=2303
-  _globals['_APPENDRESULT']._serialized_start=2305
-  _globals['_APPENDRESULT']._serialized_end=2391
-  _globals['_APPENDRESPONSE']._serialized_start=2393
-  _globals['_APPENDRESPONSE']._serialized_end=2474
-  _globals['_READREQUEST']._serialized_start=2476
-  _globals['_READREQUEST']._serialized_end=2555
-  _globals['_READRESPONSE']._serialized_start=2557
-  _globals['_READRESPONSE']._serialized_end=2609
-  _globals['_DROPREQUEST']._serialized_start=2611
-  _globals['_DROPREQUEST']._serialized_end=2664
-  _globals['_DROPRESPONSE']._serialized_start=2666
-  _globals['_DROPRESPONSE']._serialized_end=2701
-  _globals['_INVENTORYREQUEST']._serialized_start=2703
-  _globals['_INVENTORYREQUEST']._serialized_end=2741
-  _globals['_INDEXSTATUS']._serialized_start=2744
-  _globals['_INDEXSTATUS']._serialized_end=2881
-  _globals['_SHARDINVENTORY']._serialized_start=2884
-  _globals['_SHARDINVENTORY']._serialized_end=3117
-  _globals['_INVENTORYRESPONSE']._serialized_start=3119
-  _globals['_INVENTORYRESPONSE']._serialized_end=3205
-  _globals['_STATSREQUEST']._serialized_start=3207
-  _globals['_STATSREQUEST']._serialized_end=3221
-  _globals['_STATSRESPONSE']._serialized_start=3224
-  _globals['_STATSRESPONSE']._serialized_end=3447
-  _globals['_RETRIEVALSERVICE']._serialized_start=3450
-  _globals['_RETRIEVALSERVICE']._serialized_end=4263
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=1116
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1118
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1161
+  _globals['_ATTENDROWS']._serialized_start=1164
+  _globals['_ATTENDROWS']._serialized_end=1384
+  _globals['_ATTENDREQUEST']._serialized_start=1387
+  _globals['_ATTENDREQUEST']._serialized_end=1548
+  _globals['_ATTENDROWSRESULT']._serialized_start=1550
+  _globals['_ATTENDROWSRESULT']._serialized_end=1671
+  _globals['_ATTENDTIMING']._serialized_start=1673
+  _globals['_ATTENDTIMING']._serialized_end=1761
+  _globals['_ATTENDRESPONSE']._serialized_start=1764
+  _globals['_ATTENDRESPONSE']._serialized_end=2009
+  _globals['_ATTENDONCEREQUEST']._serialized_start=2011
+  _globals['_ATTENDONCEREQUEST']._serialized_end=2075
+  _globals['_ATTENDONCERESPONSE']._serialized_start=2077
+  _globals['_ATTENDONCERESPONSE']._serialized_end=2143
+  _globals['_APPENDENTRY']._serialized_start=2145
+  _globals['_APPENDENTRY']._serialized_end=2262
+  _globals['_APPENDREQUEST']._serialized_start=2264
+  _globals['_APPENDREQUEST']._serialized_end=2343
+  _globals['_APPENDRESULT']._serialized_start=2345
+  _globals['_APPENDRESULT']._serialized_end=2431
+  _globals['_APPENDRESPONSE']._serialized_start=2433
+  _globals['_APPENDRESPONSE']._serialized_end=2514
+  _globals['_READREQUEST']._serialized_start=2516
+  _globals['_READREQUEST']._serialized_end=2595
+  _globals['_READRESPONSE']._serialized_start=2597
+  _globals['_READRESPONSE']._serialized_end=2649
+  _globals['_DROPREQUEST']._serialized_start=2651
+  _globals['_DROPREQUEST']._serialized_end=2704
+  _globals['_DROPRESPONSE']._serialized_start=2706
+  _globals['_DROPRESPONSE']._serialized_end=2741
+  _globals['_INVENTORYREQUEST']._serialized_start=2743
+  _globals['_INVENTORYREQUEST']._serialized_end=2781
+  _globals['_INDEXSTATUS']._serialized_start=2784
+  _globals['_INDEXSTATUS']._serialized_end=2921
+  _globals['_SHARDINVENTORY']._serialized_start=2924
+  _globals['_SHARDINVENTORY']._serialized_end=3157
+  _globals['_INVENTORYRESPONSE']._serialized_start=3159
+  _globals['_INVENTORYRESPONSE']._serialized_end=3245
+  _globals['_STATSREQUEST']._serialized_start=3247
+  _globals['_STATSREQUEST']._serialized_end=3261
+  _globals['_STATSRESPONSE']._serialized_start=3264
+  _globals['_STATSRESPONSE']._serialized_end=3487
+  _globals['_RETRIEVALSERVICE']._serialized_start=3490
+  _globals['_RETRIEVALSERVICE']._serialized_end=4303
 # @@protoc_insertion_point(module_scope)

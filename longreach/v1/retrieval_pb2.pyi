@@ -298,21 +298,31 @@ Global___OpenSessionResponse: _TypeAlias = OpenSessionResponse  # noqa: Y015
 
 @_typing.final
 class CloseSessionRequest(_message.Message):
-    """Ends a session on a node."""
+    """Ends a session on a node: by its handle, or by its id where the handle is not known. Closing by id
+    a session that the node does not have is a no-op.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLE_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    CAPABILITY_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
-    """The session."""
+    """The session; 0 when `session_id` names it."""
+    session_id: _builtins.str
+    """Id of the session; empty when `handle` names it."""
+    capability: _builtins.bytes
+    """Capability to close the session; needed with `session_id`."""
     def __init__(
         self,
         *,
         handle: _builtins.int = ...,
+        session_id: _builtins.str = ...,
+        capability: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "handle", b"handle", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

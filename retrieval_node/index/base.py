@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -104,6 +104,8 @@ class Index(ABC):
     """Registered name."""
     needs_build: ClassVar[bool] = True
     """False for kinds that answer at once, without a build."""
+    format_version: ClassVar[int] = 0
+    """Version of what `arrays` gives; 0 for kinds that are not kept on disk."""
 
     @classmethod
     @abstractmethod
@@ -129,6 +131,18 @@ class Index(ABC):
     @abstractmethod
     def index_bytes(self) -> int:
         """Bytes of the index beside K and V."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `restore` needs beside K and V; nothing for kinds without a format version."""
+        return {}
+
+    @classmethod
+    def restore(cls, kv: LayerKv, arrays: Mapping[str, np.ndarray]) -> Index:
+        """The index that gave `arrays`, over the same `kv`; for kinds with a format version.
+
+        Raises ValueError or LookupError when the arrays cannot be those of an index over `kv`.
+        """
+        raise ValueError(f"index kind {cls.kind!r} is not kept on disk; build it again")
 
 
 INDEX_KINDS: Registry[type[Index]] = Registry("index kind")

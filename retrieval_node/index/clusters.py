@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longreach.types import FloatArray, IntArray, Span, StorageArray
-from retrieval_node.index.faiss_kind import faiss, faiss_threads
+from retrieval_node.index.faiss_kind import centred_keys, faiss, faiss_threads
 
 SEGMENT_KEYS = 8192
 """Keys clustered at a time: neighbours in the text resemble each other, and k-means over a segment
@@ -58,7 +58,7 @@ def cluster_head(
 
 def _assign(segment: FloatArray, clusters: int) -> np.ndarray:
     """[n] cluster of each key of a segment. Distances do not see a mean that all keys share."""
-    centred = np.ascontiguousarray(segment - segment.mean(axis=0))
+    centred, _ = centred_keys(segment)
     means = faiss.Kmeans(
         centred.shape[1], clusters, niter=ITERATIONS, seed=1, min_points_per_centroid=1
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import faiss as _typed_faiss
 import numpy as np
 
-from longreach.errors import Cancelled
+from longreach.errors import Cancelled, InvalidRequest
 from longreach.types import FloatArray, IntArray, QuerySample, Span, StorageArray
 from retrieval_node.index.base import BuildControl, LayerKv
 from retrieval_node.index.search import SearchIndex
@@ -38,11 +38,23 @@ def centred_keys(keys: StorageArray) -> tuple[FloatArray, FloatArray]:
     """Keys [n, head_dim] less their mean, and the mean [head_dim], fp32.
 
     q·mean is the same for every key, so the ranking does not change, but graphs and clusters over
-    inner products degenerate when all keys share a large mean.
+    inner products degenerate when all keys share a large mean. Raises InvalidRequest, reason
+    KEYS_NOT_FINITE, when a key holds NaN or infinity.
     """
     full = np.asarray(keys, np.float32)
     mean = full.mean(axis=0, dtype=np.float64).astype(np.float32)
+    check_mean(mean, full)
     return full - mean, mean
+
+
+def check_mean(mean: FloatArray, keys: FloatArray) -> None:
+    """Raises InvalidRequest, naming the key, when the mean shows that one is NaN or infinite."""
+    if len(keys) and not np.isfinite(mean).all():
+        bad = int(np.flatnonzero(~np.isfinite(keys).all(axis=1))[0])
+        raise InvalidRequest(
+            f"key {bad} holds NaN or infinity; an index needs finite keys",
+            reason="KEYS_NOT_FINITE",
+        )
 
 
 class FaissIndex(SearchIndex):
@@ -50,6 +62,8 @@ class FaissIndex(SearchIndex):
 
     Searches run in the calling thread alone, so that a node's threads are its own to share out.
     """
+
+    format_version: ClassVar[int] = 1
 
     def __init__(self, kv: LayerKv, heads: list[Any], means: list[FloatArray]) -> None:
         super().__init__(kv)
@@ -76,6 +90,32 @@ class FaissIndex(SearchIndex):
                 means.append(mean)
                 control.progress(head + 1, kv.kv_heads)
         return cls(kv, heads, means)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The library's own serialised form of each KV head's index, and the mean keys."""
+        arrays: dict[str, np.ndarray] = {"means": np.array(self._means, np.float32)}
+        for head, index in enumerate(self._heads):
+            arrays[f"faiss.{head}"] = faiss.serialize_index(index)
+        return arrays
+
+    @classmethod
+    def restore(cls, kv: LayerKv, arrays: Mapping[str, np.ndarray]) -> Self:
+        """See Index.restore."""
+        heads, keys, dim = kv.keys.shape
+        means = arrays["means"]
+        if means.shape != (heads, dim):
+            raise ValueError(f"mean keys are {means.shape}; expected {(heads, dim)}")
+        try:
+            indexes = [faiss.deserialize_index(arrays[f"faiss.{head}"]) for head in range(heads)]
+        except RuntimeError as error:
+            raise ValueError(f"faiss cannot read its index: {error}") from error
+        for index in indexes:
+            if (index.ntotal, index.d) != (keys, dim):
+                raise ValueError(
+                    f"the library's index holds {index.ntotal} keys of {index.d} dimensions; "
+                    f"expected {keys} of {dim}"
+                )
+        return cls(kv, indexes, list(means))
 
     @classmethod
     @abstractmethod

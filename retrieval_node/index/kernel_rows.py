@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -44,7 +44,8 @@ def check_rows(rows: IndexRows, kv: LayerKv) -> None:
         raise InvalidRequest(
             f"logit_floor has shape {rows.logit_floor.shape}; expected {shape[:3]} as the queries"
         )
-    if not np.isfinite(rows.queries).all():
+    # A sum is the quicker look; finite numbers may overflow it, hence the second.
+    if not math.isfinite(rows.queries.sum()) and not np.isfinite(rows.queries).all():
         raise InvalidRequest("queries hold NaN or infinity; send finite values")
 
 
@@ -61,6 +62,8 @@ def answer_by_budget(
 ) -> list[IndexAnswer]:
     """Answers of `exact` for entries with an exact budget and of `budgeted` for the others, in the
     batch's order; neither is called for no entries."""
+    if not any(rows.budget.exact for rows in batch):  # the token path, nearly always
+        return budgeted(list(batch)) if batch else []
     answers: dict[int, IndexAnswer] = {}
     for wants_exact, answer in ((True, exact), (False, budgeted)):
         numbers = [i for i, rows in enumerate(batch) if rows.budget.exact == wants_exact]
@@ -81,30 +84,36 @@ def index_answer(
     `code_bytes` is what scoring one key by its code reads, for each of the layer's KV heads (none
     if the kind has no codes); `summary_bytes` what one value summary of the tail estimate reads.
     """
-    by_head = answer.figures.sum(axis=0)
-    figures = dict(zip(FIGURES, by_head.sum(axis=0).tolist(), strict=True))
-    heads = range(rows.kv_head_start, rows.kv_head_start + len(by_head))
-    sketched = by_head[:, FIGURES.index("sketched")]
-    code_reads = sum(int(n) * code_bytes[h] for n, h in zip(sketched, heads, strict=True) if n)
+    scanned, sketched, attended, tail_rows, search_ns, attend_ns = answer.figures.sum(
+        axis=(0, 1)
+    ).tolist()
     key_bytes = kv.keys.shape[2] * kv.keys.itemsize
-    value_bytes = kv.values.shape[2] * kv.values.itemsize
-    work = replace(
-        work_in_scope(rows, kv),
-        keys_scanned=figures["scanned"],
-        keys_sketched=figures["sketched"],
-        keys_attended=figures["attended"],
-        bytes_read=figures["scanned"] * key_bytes
-        + figures["attended"] * value_bytes
-        + code_reads
-        + figures["tail_rows"] * summary_bytes,
+    pairs = rows.queries.shape[0] * rows.queries.shape[1] * len(local_scope(rows, kv))
+    work = WorkFigures(
+        keys_in_scope=pairs,
+        keys_scanned=scanned,
+        keys_sketched=sketched,
+        keys_attended=attended,
+        bytes_read=scanned * key_bytes
+        + attended * (kv.row_bytes - key_bytes)
+        + (_code_reads(rows, answer, code_bytes) if sketched else 0)
+        + tail_rows * summary_bytes,
+        bytes_in_scope=pairs * kv.row_bytes,
+        keys_covered=pairs,
     )
     return IndexAnswer(
         answer.partial,
         work,
-        search_s=figures["search_ns"] * 1e-9,
-        attend_s=figures["attend_ns"] * 1e-9,
+        search_s=search_ns * 1e-9,
+        attend_s=attend_ns * 1e-9,
         selected=_positions(rows.queries, answer.selected, kv.start),
     )
+
+
+def _code_reads(rows: IndexRows, answer: BudgetedAnswer, code_bytes: Sequence[int]) -> int:
+    """Bytes of codes read: heads may have codes of different lengths."""
+    sketched = answer.figures[:, :, FIGURES.index("sketched")].sum(axis=0).tolist()
+    return sum(count * code_bytes[rows.kv_head_start + h] for h, count in enumerate(sketched))
 
 
 def every_position(queries: FloatArray, scope: Span, start: int) -> list[list[list[IntArray]]]:

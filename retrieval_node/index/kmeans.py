@@ -7,7 +7,7 @@ centroid's logit and its mean value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar
@@ -26,7 +26,7 @@ from retrieval_node.index.base import (
     IndexRows,
     LayerKv,
 )
-from retrieval_node.index.clusters import LayerClusters, cluster_head
+from retrieval_node.index.clusters import HeadClusters, LayerClusters, cluster_head
 from retrieval_node.index.kernel_rows import index_answer, kernel_rows, local_scope
 from retrieval_node.index.search import Logits, first_width, flat_index
 
@@ -48,6 +48,7 @@ class KmeansIndex(Index):
     """Clusters of every KV head; one NumPy pass and one kernel call for all heads of an entry."""
 
     kind: ClassVar[str] = "kmeans"
+    format_version: ClassVar[int] = 1
     stated_recall: ClassVar[float] = 0.85
     """Least recall of the best 64 keys on structured heads, which the shared tests hold it to."""
 
@@ -90,6 +91,32 @@ class KmeansIndex(Index):
     def index_bytes(self) -> int:
         """Centroids and mean values (fp32), and the members of each cluster."""
         return self._clusters.nbytes
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The cluster of each key, centroids and mean values, all KV heads in each array."""
+        return {
+            "cluster_of": self._clusters.cluster_of,
+            "centroids": self._clusters.centroids,
+            "mean_values": self._clusters.mean_values,
+        }
+
+    @classmethod
+    def restore(cls, kv: LayerKv, arrays: Mapping[str, np.ndarray]) -> KmeansIndex:
+        """See Index.restore."""
+        parts = (arrays["cluster_of"], arrays["centroids"], arrays["mean_values"])
+        cluster_of, centroids, _ = parts
+        heads, keys, dim = kv.keys.shape
+        clusters = centroids.shape[1] if centroids.ndim == 3 else 0
+        expected = ((heads, keys), (heads, clusters, dim), (heads, clusters, kv.values.shape[2]))
+        if tuple(each.shape for each in parts) != expected:
+            raise ValueError(
+                f"clusters have shapes {[each.shape for each in parts]}; expected {expected}"
+            )
+        if keys and not (cluster_of.min() >= 0 and cluster_of.max() < clusters):
+            raise ValueError(f"a key is in none of the {clusters} clusters")
+        return cls(
+            kv, LayerClusters([HeadClusters(*each) for each in zip(*parts, strict=True)], keys)
+        )
 
     def _answer(self, rows: IndexRows, to_logits: Logits, want_selected: bool) -> IndexAnswer:
         scope = local_scope(rows, self._kv)

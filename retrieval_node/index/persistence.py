@@ -1,27 +1,26 @@
-"""Index files: named arrays of one index, versioned and checksummed.
+"""Index files: the arrays of one layer's index, versioned, checksummed and bound to their keys.
 
-A file is a safetensors container whose metadata name the index kind, the format version of that
-kind, facts the loader compares with the keys at hand, and a CRC-32 of every array. Whatever is
-wrong with a file, loading it raises FailedPrecondition and nothing else, so that a node can build
-the index anew.
+docs/formats.md describes the file. Whatever is wrong with one, reading it raises FailedPrecondition
+and nothing else, so that a node can build the index anew.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import numpy.typing as npt
 
 from longreach.errors import FailedPrecondition
-from longreach.types import StorageArray
-from retrieval_node.index.base import LayerKv
+from retrieval_node.index.base import INDEX_KINDS, Index, LayerKv
+from retrieval_node.integrity import raw_bytes
+from retrieval_node.tensor_file import BrokenFileError, TensorFile, write_tensors
 
+FORMAT = "longreach-index-2"
+"""Name and version of the container; each kind has a version of its own beside it."""
 CORRUPT = "CORRUPT_INDEX"
 """`reason` of the error when a file is damaged or is not an index file."""
 OTHER = "OTHER_INDEX"
@@ -31,73 +30,70 @@ FINGERPRINT_ROWS = 4096
 """Keys of each head that a fingerprint covers, evenly spaced."""
 
 
+def write_index(
+    path: Path, index: Index, kv: LayerKv, target: str, binding: Mapping[str, str]
+) -> None:
+    """Writes a new file and waits until the disk has it.
+
+    `target` is the kind that was asked for: the index's own, or one that chooses, as `auto` does.
+    `binding` says what else the keys belong to; `read_index` wants the same.
+    """
+    arrays = index.arrays()
+    metadata = {f"crc32.{name}": _crc32(array) for name, array in arrays.items()}
+    metadata |= _expected(kv, type(index), binding) | {"target": target}
+    write_tensors(path, arrays, metadata)
+
+
+def read_index(path: Path, kv: LayerKv, target: str, binding: Mapping[str, str]) -> Index:
+    """The index over `kv` that was written for this target and binding.
+
+    Raises FailedPrecondition with reason CORRUPT when the file is missing or damaged, and OTHER
+    when it is of another kind or version, or over other keys.
+    """
+    try:
+        with TensorFile(path) as file:
+            kind = _kind(path, file.metadata, target)
+            _check_metadata(path, file.metadata, _expected(kv, kind, binding))
+            arrays = {name: _checked(file, name) for name in file.names}
+        return kind.restore(kv, arrays)
+    except (BrokenFileError, OSError, ValueError, LookupError, TypeError, MemoryError) as error:
+        raise FailedPrecondition(
+            f"{path} is not a sound index file ({error}); delete it and build the index again",
+            reason=CORRUPT,
+        ) from error
+
+
 def fingerprint(kv: LayerKv) -> dict[str, str]:
-    """Facts that tell one layer's keys from another's: shape, dtype, start and a checksum."""
+    """Facts that tell one layer's keys from another's: shapes, dtype, start and a checksum."""
     step = max(1, len(kv.positions) // FINGERPRINT_ROWS)
     return {
         "keys": "x".join(str(size) for size in kv.keys.shape),
+        "value_dim": str(kv.values.shape[2]),
         "dtype": str(kv.keys.dtype),
         "start": str(kv.start),
         "keys_crc32": _crc32(np.ascontiguousarray(kv.keys[:, ::step])),
     }
 
 
-def save_index(
-    path: Path, kind: str, version: int, facts: Mapping[str, str], arrays: Mapping[str, np.ndarray]
-) -> None:
-    """Write an index file; readers see the whole file or none of it."""
-    metadata = {f"fact.{name}": value for name, value in facts.items()}
-    metadata |= {f"crc32.{name}": _crc32(array) for name, array in arrays.items()}
-    metadata |= {"kind": kind, "version": str(version)}
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
-    try:
-        save_file(contiguous, temporary, metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def load_index(
-    path: Path, kind: str, version: int, facts: Mapping[str, str]
-) -> dict[str, np.ndarray]:
-    """The arrays of an index file, read-only.
-
-    Raises FailedPrecondition with reason CORRUPT when the file is damaged, and OTHER when it is of
-    another kind, version, or has other facts than expected.
-    """
-    try:
-        with safe_open(str(path), framework="np") as file:
-            metadata = file.metadata() or {}
-            _expect(path, metadata, kind, version, facts)
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FailedPrecondition:
-        raise
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, MemoryError) as error:
+def _kind(path: Path, metadata: Mapping[str, str], target: str) -> type[Index]:
+    """The kind of the file, when it answers for `target` and can be read."""
+    _check_metadata(path, metadata, {"format": FORMAT})
+    kind = metadata.get("kind", "")
+    if kind not in INDEX_KINDS or target not in (kind, metadata.get("target")):
         raise FailedPrecondition(
-            f"{path} is not a readable index file ({error}); delete it and build the index again",
-            reason=CORRUPT,
-        ) from error
-    for name, array in arrays.items():
-        if metadata.get(f"crc32.{name}") != _crc32(array):
-            raise FailedPrecondition(
-                f"{path}: array {name!r} does not have the checksum it was written with; "
-                "delete the file and build the index again",
-                reason=CORRUPT,
-            )
-        array.flags.writeable = False
-    return arrays
+            f"{path} holds index kind {kind!r}, built for {metadata.get('target')!r}, and "
+            f"{target!r} is needed; build the index again",
+            reason=OTHER,
+        )
+    return INDEX_KINDS[kind]
 
 
-def _expect(
-    path: Path, metadata: Mapping[str, str], kind: str, version: int, facts: Mapping[str, str]
-) -> None:
-    expected = {"kind": kind, "version": str(version)}
-    expected |= {f"fact.{name}": value for name, value in facts.items()}
+def _expected(kv: LayerKv, kind: type[Index], binding: Mapping[str, str]) -> dict[str, str]:
+    facts = {f"fact.{name}": value for name, value in (fingerprint(kv) | dict(binding)).items()}
+    return facts | {"format": FORMAT, "kind": kind.kind, "version": str(kind.format_version)}
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, str], expected: Mapping[str, str]) -> None:
     for name, value in expected.items():
         if metadata.get(name) != value:
             raise FailedPrecondition(
@@ -107,8 +103,16 @@ def _expect(
             )
 
 
-def _crc32(array: StorageArray) -> str:
-    """CRC-32 over shape, dtype and bytes, so that none of them can be swapped unnoticed."""
-    contiguous = np.ascontiguousarray(array)
-    head = zlib.crc32(f"{contiguous.dtype.str} {contiguous.shape}".encode())
-    return f"{zlib.crc32(contiguous.view(np.uint8).data, head):08x}"
+def _checked(file: TensorFile, name: str) -> npt.NDArray[Any]:
+    """An array with the checksum it was written with, read-only."""
+    array = file.read(name)
+    if file.metadata.get(f"crc32.{name}") != _crc32(array):
+        raise BrokenFileError(f"array {name!r} does not have the checksum it was written with")
+    array.flags.writeable = False
+    return array
+
+
+def _crc32(array: npt.NDArray[Any]) -> str:
+    """CRC-32 over dtype, shape and bytes, so that none of them can be swapped unnoticed."""
+    head = zlib.crc32(f"{array.dtype.str} {array.shape}".encode())
+    return f"{zlib.crc32(raw_bytes(array).data, head):08x}"

@@ -12,13 +12,12 @@ the query heads of a group of four together read about a tenth of 128K keys for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from longreach.errors import Cancelled, FailedPrecondition
+from longreach.errors import Cancelled
 from longreach.types import BFLOAT16, QuerySample
 from retrieval_node.graph_kernel import (
     KeyGraph,
@@ -38,7 +37,6 @@ from retrieval_node.index.base import (
 )
 from retrieval_node.index.faiss_kind import centred_keys
 from retrieval_node.index.kernel_rows import answer_by_budget, index_answer, kernel_rows
-from retrieval_node.index.persistence import CORRUPT, fingerprint, load_index, save_index
 from retrieval_node.index.roargraph_build import (
     SHAPE,
     exact_neighbours,
@@ -58,15 +56,13 @@ DEFAULT_WIDTH = SearchWidth(SEARCH_BEAM, OVERSEARCH)
 SAMPLE_STRIDE = 64
 """Every how many keys the sample that stands for unread keys has one."""
 
-FORMAT_VERSION = 1
-"""Version of the index file."""
-
 
 @INDEX_KINDS.register("roargraph")
 class RoarGraphIndex(Index):
     """One projected bipartite graph per KV head, searched and attended in native code."""
 
     kind: ClassVar[str] = "roargraph"
+    format_version: ClassVar[int] = 1
     stated_recall: ClassVar[float] = 0.9
     """Least recall of the best 64 keys on structured heads, which the shared tests hold it to."""
 
@@ -149,35 +145,27 @@ class RoarGraphIndex(Index):
         """The graph of each KV head."""
         return self._graphs.graphs
 
-    def save(self, path: Path) -> None:
-        """Write the graphs to an index file; K and V are not in it."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The graph of each KV head and where searches enter it."""
         arrays: dict[str, np.ndarray] = {
             "entries": np.array([each.entry for each in self.graphs], np.int64)
         }
         for head, graph in enumerate(self.graphs):
             arrays[f"offsets.{head}"] = graph.offsets
             arrays[f"edges.{head}"] = graph.edges
-        save_index(path, self.kind, FORMAT_VERSION, fingerprint(self._kv), arrays)
+        return arrays
 
     @classmethod
-    def load(cls, path: Path, kv: LayerKv) -> RoarGraphIndex:
-        """The index that `save` wrote over the same keys.
-
-        Raises FailedPrecondition when the file is damaged or of other keys.
-        """
-        arrays = load_index(path, cls.kind, FORMAT_VERSION, fingerprint(kv))
-        try:
-            entries = arrays["entries"].tolist()
-            graphs = [
-                KeyGraph(arrays[f"offsets.{head}"], arrays[f"edges.{head}"], entries[head])
-                for head in range(kv.kv_heads)
-            ]
-            return cls(kv, graphs)
-        except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise FailedPrecondition(
-                f"{path} does not hold sound graphs ({error}); delete it and build the index again",
-                reason=CORRUPT,
-            ) from error
+    def restore(cls, kv: LayerKv, arrays: Mapping[str, np.ndarray]) -> RoarGraphIndex:
+        """See Index.restore; ValueError when a graph points outside the keys."""
+        entries = arrays["entries"].tolist()
+        if len(entries) != kv.kv_heads:
+            raise ValueError(f"graphs of {len(entries)} KV heads for {kv.kv_heads}")
+        graphs = [
+            KeyGraph(arrays[f"offsets.{head}"], arrays[f"edges.{head}"], entry)
+            for head, entry in enumerate(entries)
+        ]
+        return cls(kv, graphs)
 
 
 def build_head(

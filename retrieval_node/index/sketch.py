@@ -12,7 +12,7 @@ diffuse heads need.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -31,7 +31,7 @@ from retrieval_node.index.base import (
 from retrieval_node.index.flat import FlatIndex
 from retrieval_node.index.kernel_rows import answer_by_budget, index_answer, kernel_rows
 from retrieval_node.index.sketch_fit import fit_sketch
-from retrieval_node.kernel import SketchCode
+from retrieval_node.kernel import SketchCode, SketchLayer
 
 SUMMARY_BYTES = 2
 """Bytes of one element of a value summary (bfloat16)."""
@@ -42,10 +42,14 @@ class SketchIndex(Index):
     """Query-whitened codes of all keys, an exact second look at a few, an estimate of the rest."""
 
     kind: ClassVar[str] = "sketch"
+    format_version: ClassVar[int] = 1
+    """Raise it when codes, summaries or the model of SketchCode change their layout or meaning."""
 
     def __init__(self, kv: LayerKv, heads: Sequence[SketchCode]) -> None:
         self._kv = kv
         self._heads = tuple(heads)
+        self._layer = SketchLayer(kv.keys, kv.values, heads)
+        self._code_bytes = [head.key_bytes for head in heads]
         self._flat = FlatIndex(kv)
 
     @classmethod
@@ -85,25 +89,61 @@ class SketchIndex(Index):
         """Codes, value summaries and models."""
         return sum(head.nbytes for head in self._heads)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Code sizes of every KV head, and its codes, summaries and model."""
+        sizes = [(head.eight, head.four) for head in self._heads]
+        arrays: dict[str, np.ndarray] = {"sizes": np.array(sizes, np.int64).reshape(-1, 2)}
+        for number, head in enumerate(self._heads):
+            arrays[f"codes.{number}"] = head.codes
+            arrays[f"summaries.{number}"] = head.summaries
+            arrays[f"model.{number}"] = head.model
+        return arrays
+
+    @classmethod
+    def restore(cls, kv: LayerKv, arrays: Mapping[str, np.ndarray]) -> SketchIndex:
+        """See Index.restore."""
+        sizes = arrays["sizes"].tolist()
+        if len(sizes) != kv.kv_heads:
+            raise ValueError(f"sketches of {len(sizes)} KV heads for {kv.kv_heads}")
+        heads = [
+            SketchCode(
+                eight, four, arrays[f"codes.{n}"], arrays[f"summaries.{n}"], arrays[f"model.{n}"]
+            )
+            for n, (eight, four) in enumerate(sizes)
+        ]
+        for head in heads:
+            _check_sizes(head, kv)
+        return cls(kv, heads)
+
     def _search(
         self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool
     ) -> list[IndexAnswer]:
         kv = self._kv
-        answers = kernel.attend_sketch(
-            kv.keys,
-            kv.values,
-            self._heads,
-            [kernel_rows(rows, kv) for rows in batch],
-            scale,
-            softcap,
-            want_selected=want_selected,
+        answers = self._layer.attend(
+            [kernel_rows(rows, kv) for rows in batch], scale, softcap, want_selected=want_selected
         )
         summary_bytes = kv.values.shape[2] * SUMMARY_BYTES
-        code_bytes = [head.key_bytes for head in self._heads]
         return [
-            index_answer(rows, kv, answer, code_bytes, summary_bytes)
+            index_answer(rows, kv, answer, self._code_bytes, summary_bytes)
             for rows, answer in zip(batch, answers, strict=True)
         ]
+
+
+def _check_sizes(head: SketchCode, kv: LayerKv) -> None:
+    """Raises ValueError unless the arrays have the sizes of a sketch of these keys and values."""
+    keys, dim = kv.keys.shape[1:]
+    code_dims = 4 * head.eight + 8 * head.four
+    expected = {
+        "codes": (np.uint8, (-(-keys // kernel.CODE_KEYS) * kernel.CODE_KEYS * head.key_bytes,)),
+        "summaries": (np.uint16, (-(-keys // kernel.SUMMARY_KEYS), kv.values.shape[2])),
+        "model": (np.float32, ((dim + 1) * dim + 3 * code_dims + dim,)),
+    }
+    for name, (dtype, shape) in expected.items():
+        array = getattr(head, name)
+        if (array.dtype, array.shape) != (dtype, shape):
+            raise ValueError(
+                f"{name} are {array.dtype} {array.shape}; a sketch of {keys} keys has {shape}"
+            )
 
 
 def head_queries(kv: LayerKv, sample: QuerySample | None, head: int) -> FloatArray | None:

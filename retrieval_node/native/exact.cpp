@@ -115,10 +115,15 @@ void attend_panels(const KernelTable& k, const Rows& keys, const Rows& values, c
   }
 }
 
+struct PlannedPiece {
+  const LayerKv* kv;
+  Piece piece;
+};
+
 // All pieces of a batch. Piece outputs are dense in `memory`, a run of `cuts` pieces along the keys
-// for each (entry, head, row tile), in order.
+// for each (pair, entry, head, row tile), in order.
 struct Plan {
-  std::vector<Piece> pieces;
+  std::vector<PlannedPiece> pieces;
   std::vector<int> cuts;  // pieces along the keys of each run
   size_t memory_floats = 0;
 };
@@ -127,51 +132,64 @@ int64_t runs_of(const AttentionRows& entry) {
   return entry.heads * ((entry.rows * entry.group + kRowsAtOnce - 1) / kRowsAtOnce);
 }
 
-Plan plan_pieces(const std::vector<AttentionRows>& batch, int value_dim, int threads) {
-  int64_t runs = 0;
-  for (const auto& entry : batch) runs += runs_of(entry);
-  const int64_t wanted =
-      runs >= threads ? 1 : (2 * threads + runs - 1) / std::max<int64_t>(1, runs);
-  Plan plan;
-  for (const auto& entry : batch) {
-    const int64_t flat_rows = entry.rows * entry.group;
-    const int64_t length = entry.stop - entry.start;
-    const int64_t cuts = std::clamp<int64_t>(length / kShortestPiece, 1, wanted);
-    const int64_t step = ((length + cuts - 1) / cuts + kTileBlock - 1) / kTileBlock * kTileBlock;
-    for (int head = 0; head < entry.heads; ++head)
-      for (int64_t first = 0; first < flat_rows; first += kRowsAtOnce) {
-        const int64_t count = std::min(kRowsAtOnce, flat_rows - first);
-        int made = 0;
-        for (int64_t at = entry.start; made == 0 || at < entry.stop; at += step, ++made) {
-          plan.pieces.push_back(
-              {&entry, head, first, count, at, std::min(entry.stop, at + step), nullptr, nullptr});
-          plan.memory_floats += static_cast<size_t>(count) * (value_dim + 1);
-        }
-        plan.cuts.push_back(made);
+// Keys of a piece such that the runs together make about two pieces a thread: a long pair among
+// short ones is cut, so that no thread is left with it alone.
+int64_t even_share(const std::vector<KvRows>& batch, int threads) {
+  int64_t keys = 0;
+  for (const auto& pair : batch)
+    for (const auto& entry : pair.entries) keys += runs_of(entry) * (entry.stop - entry.start);
+  return std::max<int64_t>(1, (keys + 2 * threads - 1) / (2 * threads));
+}
+
+void plan_entry(const LayerKv& kv, const AttentionRows& entry, int64_t share, Plan& plan) {
+  const int64_t flat_rows = entry.rows * entry.group;
+  const int64_t length = entry.stop - entry.start;
+  const int64_t most = std::max<int64_t>(1, length / kShortestPiece);
+  const int64_t cuts = std::clamp<int64_t>((length + share - 1) / share, 1, most);
+  const int64_t step = ((length + cuts - 1) / cuts + kTileBlock - 1) / kTileBlock * kTileBlock;
+  for (int head = 0; head < entry.heads; ++head)
+    for (int64_t first = 0; first < flat_rows; first += kRowsAtOnce) {
+      const int64_t count = std::min(kRowsAtOnce, flat_rows - first);
+      int made = 0;
+      for (int64_t at = entry.start; made == 0 || at < entry.stop; at += step, ++made) {
+        const int64_t stop = std::min(entry.stop, at + step);
+        plan.pieces.push_back({&kv, {&entry, head, first, count, at, stop, nullptr, nullptr}});
+        plan.memory_floats += static_cast<size_t>(count) * (kv.values.dim + 1);
       }
-  }
+      plan.cuts.push_back(made);
+    }
+}
+
+Plan plan_pieces(const std::vector<KvRows>& batch, int threads) {
+  const int64_t share = even_share(batch, threads);
+  Plan plan;
+  for (const auto& pair : batch)
+    for (const auto& entry : pair.entries) plan_entry(pair.kv, entry, share, plan);
   return plan;
 }
 
 // Merges the pieces of one run by log-sum-exp into the entry's output.
-void merge_run(const Piece* pieces, int cuts, int value_dim) {
-  const AttentionRows& entry = *pieces->entry;
-  for (int64_t r = 0; r < pieces->count; ++r) {
-    const int64_t flat = pieces->first + r;
+void merge_run(const PlannedPiece* run, int cuts) {
+  const Piece& first = run->piece;
+  const AttentionRows& entry = *first.entry;
+  const int value_dim = run->kv->values.dim;
+  for (int64_t r = 0; r < first.count; ++r) {
+    const int64_t flat = first.first + r;
     const int64_t at =
-        entry.index(flat / entry.group, pieces->head, static_cast<int>(flat % entry.group));
+        entry.index(flat / entry.group, first.head, static_cast<int>(flat % entry.group));
     float* output = entry.output + at * value_dim;
     float highest = kMinusInfinity;
     for (int p = 0; p < cuts; ++p)  // NaN wins, so that a NaN key is not hidden
-      if (!(pieces[p].lse[r] <= highest)) highest = pieces[p].lse[r];
+      if (!(run[p].piece.lse[r] <= highest)) highest = run[p].piece.lse[r];
     std::fill_n(output, value_dim, 0.0f);
     entry.lse[at] = highest;
     if (highest == kMinusInfinity) continue;
     float total = 0;
     for (int p = 0; p < cuts; ++p) {
-      const float weight = std::exp(pieces[p].lse[r] - highest);
+      const Piece& piece = run[p].piece;
+      const float weight = std::exp(piece.lse[r] - highest);
       total += weight;
-      for (int c = 0; c < value_dim; ++c) output[c] += weight * pieces[p].output[r * value_dim + c];
+      for (int c = 0; c < value_dim; ++c) output[c] += weight * piece.output[r * value_dim + c];
     }
     for (int c = 0; c < value_dim; ++c) output[c] /= total;
     entry.lse[at] = highest + std::log(total);
@@ -209,24 +227,22 @@ void attend_piece(const KernelTable& k, const LayerKv& kv, const Piece& piece,
   finish_sums(sums, piece, values.dim);
 }
 
-void attend_exact(const LayerKv& kv, const std::vector<AttentionRows>& batch,
-                  const LogitRule& rule) {
+void attend_exact(const std::vector<KvRows>& batch, const LogitRule& rule) {
   thread_local Workspace<float> memory;
   const KernelTable& k = kernels();
   const auto pool = shared_pool();
-  const int value_dim = kv.values.dim;
-  Plan plan = plan_pieces(batch, value_dim, pool->threads());
+  Plan plan = plan_pieces(batch, pool->threads());
   float* free_floats = memory.reserve(plan.memory_floats);
-  for (auto& piece : plan.pieces) {
+  for (auto& [kv, piece] : plan.pieces) {
     piece.output = free_floats;
-    piece.lse = free_floats + piece.count * value_dim;
+    piece.lse = free_floats + piece.count * kv->values.dim;
     free_floats = piece.lse + piece.count;
   }
   pool->run(static_cast<int>(plan.pieces.size()),
-            [&](int i) { attend_piece(k, kv, plan.pieces[i], rule); });
-  const Piece* run = plan.pieces.data();
+            [&](int i) { attend_piece(k, *plan.pieces[i].kv, plan.pieces[i].piece, rule); });
+  const PlannedPiece* run = plan.pieces.data();
   for (const int cuts : plan.cuts) {
-    merge_run(run, cuts, value_dim);
+    merge_run(run, cuts);
     run += cuts;
   }
 }

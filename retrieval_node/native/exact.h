@@ -1,4 +1,4 @@
-// Exact partial attention of many rows over the KV heads of one layer.
+// Exact partial attention of many rows over the KV heads of one layer, of any number of K/V pairs.
 #pragma once
 
 #include <cstdint>
@@ -52,6 +52,12 @@ struct Piece {
   float* lse;     // [count]
 };
 
+// K and V, and the rows that read them.
+struct KvRows {
+  LayerKv kv;
+  std::vector<AttentionRows> entries;
+};
+
 // Query rows that share one pass over K and V. Their sums (64 x 128 floats) stay in the L2 cache.
 constexpr int64_t kRowsAtOnce = 64;
 
@@ -59,9 +65,9 @@ constexpr int64_t kRowsAtOnce = 64;
 void attend_piece(const KernelTable& k, const LayerKv& kv, const Piece& piece,
                   const LogitRule& rule);
 
-// Fills output and lse of every entry. Every K and V row is read from memory once for up to
-// kRowsAtOnce query rows. Deterministic for a given pool size.
-void attend_exact(const LayerKv& kv, const std::vector<AttentionRows>& batch,
-                  const LogitRule& rule);
+// Fills output and lse of every entry of every pair, as one batch over the thread pool: pairs may
+// differ in length, heads, dimensions and storage. Every K and V row is read from memory once for
+// up to kRowsAtOnce query rows. Deterministic for a given batch and pool size.
+void attend_exact(const std::vector<KvRows>& batch, const LogitRule& rule);
 
 }  // namespace longreach

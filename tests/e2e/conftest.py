@@ -12,7 +12,12 @@ from longreach.sdk import Client
 
 # Small enough that most of a short context is retrieved from the nodes, and that tokens leave the
 # window while decoding.
-WORKER_FLAGS = {"sink_tokens": 4, "window_tokens": 64, "prefill_chunk_tokens": 128}
+WORKER_FLAGS = {
+    "sink_tokens": 4,
+    "window_tokens": 64,
+    "prefill_chunk_tokens": 128,
+    "prefill_pattern": "dense",
+}
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +27,7 @@ def shared_cluster(
     """Two nodes and a worker with the tiny llama; a test that harms it starts its own."""
     directory = tmp_path_factory.mktemp("shared-cluster")
     with LocalCluster(
-        tiny_model("llama"), nodes=2, data_dir=directory, worker_flags=WORKER_FLAGS
+        tiny_model("llama"), nodes=2, data_dir=directory, worker_flags=WORKER_FLAGS, tls=True
     ) as cluster:
         yield cluster
 
@@ -30,5 +35,5 @@ def shared_cluster(
 @pytest.fixture
 def shared_client(shared_cluster: LocalCluster) -> Iterator[Client]:
     """A client of the shared cluster."""
-    with Client(shared_cluster.address, timeout_s=120) as client:
+    with shared_cluster.client(timeout_s=120) as client:
         yield client

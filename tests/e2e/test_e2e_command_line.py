@@ -21,10 +21,10 @@ pytestmark = pytest.mark.cluster
 _COMMAND = [sys.executable, "-m", "longreach.cli"]
 
 
-def _run(*arguments: str, address: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str, at: LocalCluster, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*_COMMAND, *arguments],
-        env={**os.environ, "LONGREACH_ADDRESS": address, "COLUMNS": "200"},
+        env={**os.environ, **at.environment, "COLUMNS": "200"},
         input=stdin,
         capture_output=True,
         text=True,
@@ -36,36 +36,35 @@ def _run(*arguments: str, address: str, stdin: str = "") -> subprocess.Completed
 def test_a_document_is_stored_asked_shown_and_deleted(
     shared_cluster: LocalCluster, tmp_path: Path
 ) -> None:
-    address = shared_cluster.address
     path = tmp_path / "book.txt"
     path.write_text("It was the best of times, it was the wörst of times. " * 15, encoding="utf-8")
 
-    stored = _run("ingest", str(path), "--name", "book", address=address)
+    stored = _run("ingest", str(path), "--name", "book", at=shared_cluster)
     assert stored.returncode == 0, stored.stderr
     context_id = stored.stdout.strip()
     assert re.fullmatch("ctx-[0-9a-f]{32}", context_id)
-    again = _run("ingest", "-", "--name", "book", address=address, stdin=path.read_text("utf-8"))
+    again = _run("ingest", "-", "--name", "book", at=shared_cluster, stdin=path.read_text("utf-8"))
     assert again.stdout == stored.stdout
     assert "found" in again.stderr
 
     asked = _run(
-        "ask", "--context", "book", "--json", "--max-tokens", "5", "Which?", address=address
+        "ask", "--context", "book", "--json", "--max-tokens", "5", "Which?", at=shared_cluster
     )
     assert asked.returncode == 0, asked.stderr
     answer = json.loads(asked.stdout)
     assert answer["usage"]["context_tokens"] == len(path.read_bytes())
     assert answer["usage"]["prompt_tokens"] == len("Which?")
     assert answer["coverage"] == 1.0
-    streamed = _run("ask", "--context", "book", "--max-tokens", "5", "Which?", address=address)
+    streamed = _run("ask", "--context", "book", "--max-tokens", "5", "Which?", at=shared_cluster)
     assert streamed.stdout == answer["text"] + "\n"
     assert "scanned" in streamed.stderr
 
-    shown = _run("contexts", "show", context_id, "--json", address=address)
+    shown = _run("contexts", "show", context_id, "--json", at=shared_cluster)
     assert json.loads(shown.stdout)["index_fraction"] == 1.0
-    status = _run("status", address=address)
+    status = _run("status", at=shared_cluster)
     assert status.stdout.count("alive") == 3
-    assert _run("contexts", "delete", "book", address=address).returncode == 0
-    gone = _run("ask", "--context", context_id, "Which?", address=address)
+    assert _run("contexts", "delete", "book", at=shared_cluster).returncode == 0
+    gone = _run("ask", "--context", context_id, "Which?", at=shared_cluster)
     assert gone.returncode == 1
     assert "no context" in gone.stderr
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from longreach.local_cluster import LocalCluster
-from longreach.sdk import Client, Generation
+from longreach.sdk import Generation
 from tests.e2e.conftest import WORKER_FLAGS
 
 pytestmark = pytest.mark.cluster
@@ -59,8 +59,10 @@ def test_an_exact_budget_gives_the_eager_models_distribution(
 ) -> None:
     directory = tiny_model(family)
     with (
-        LocalCluster(directory, nodes=2, data_dir=tmp_path, worker_flags=WORKER_FLAGS) as cluster,
-        Client(cluster.address, timeout_s=120) as client,
+        LocalCluster(
+            directory, nodes=2, data_dir=tmp_path, worker_flags=WORKER_FLAGS, tls=True
+        ) as cluster,
+        cluster.client(timeout_s=120) as client,
     ):
         vocab_size = AutoModelForCausalLM.from_pretrained(directory).config.vocab_size
         stored = random_ids(CONTEXT_TOKENS, vocab_size, seed=1)

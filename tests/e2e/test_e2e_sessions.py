@@ -26,14 +26,14 @@ def cluster(
 ) -> Iterator[LocalCluster]:
     directory = tmp_path_factory.mktemp("cluster")
     with LocalCluster(
-        tiny_model("llama"), nodes=2, data_dir=directory, worker_flags=WORKER_FLAGS
+        tiny_model("llama"), nodes=2, data_dir=directory, worker_flags=WORKER_FLAGS, tls=True
     ) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def client(cluster: LocalCluster) -> Iterator[Client]:
-    with Client(cluster.address, timeout_s=120) as client:
+    with cluster.client(timeout_s=120) as client:
         yield client
 
 
@@ -161,9 +161,9 @@ def test_the_worker_cannot_answer_when_the_nodes_are_stopped(
 ) -> None:
     with (
         LocalCluster(
-            tiny_model("llama"), nodes=2, data_dir=tmp_path, worker_flags=WORKER_FLAGS
+            tiny_model("llama"), nodes=2, data_dir=tmp_path, worker_flags=WORKER_FLAGS, tls=True
         ) as cluster,
-        Client(cluster.address, timeout_s=60) as client,
+        cluster.client(timeout_s=60) as client,
     ):
         context = client.contexts.create(tokens=random_ids(500, VOCAB, 41))
         stream = client.stream([9, 8, 7], context=context, max_tokens=3000, ignore_eos=True)
@@ -184,9 +184,9 @@ def test_a_restarted_cluster_finds_its_contexts(
     for _ in range(2):
         with (
             LocalCluster(
-                tiny_model("llama"), nodes=2, data_dir=tmp_path, worker_flags=WORKER_FLAGS
+                tiny_model("llama"), nodes=2, data_dir=tmp_path, worker_flags=WORKER_FLAGS, tls=True
             ) as cluster,
-            Client(cluster.address, timeout_s=60) as client,
+            cluster.client(timeout_s=60) as client,
         ):
             context = client.contexts.create(tokens=tokens)
             answers.append((context.id, context.found, ask(client, context.id, 52)))

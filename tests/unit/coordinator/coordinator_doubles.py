@@ -86,6 +86,7 @@ class FakeNode(retrieval_pb2_grpc.RetrievalServiceServicer):
     )
     dropped: list[str] = field(default_factory=list)
     session_ids: list[str] = field(default_factory=list)
+    index_error: str = ""
     address: str = ""
     server: grpc.Server | None = None
 
@@ -115,11 +116,25 @@ class FakeNode(retrieval_pb2_grpc.RetrievalServiceServicer):
         return retrieval_pb2.DropResponse(bytes_freed=100 * len(held))
 
     @map_errors
+    def CloseSession(self, request: Any, context: Any) -> Any:
+        security.verify(
+            request.capability,
+            SECRET.encode(),
+            now=time.time(),
+            action="close",
+            context_id="",
+            session_id=request.session_id,
+        )
+        if request.session_id in self.session_ids:
+            self.session_ids.remove(request.session_id)
+        return retrieval_pb2.CloseSessionResponse(bytes_freed=1)
+
+    @map_errors
     def Inventory(self, request: Any, context: Any) -> Any:
         found = [
             ShardInventory(
-                context_id, shard, identity, sealed, 1, 100, IndexStatus("flat", "flat", 2, 2, 7),
-                False,
+                context_id, shard, identity, sealed, 1, 100,
+                IndexStatus("flat", "flat", 2, 2, 7, error=self.index_error), False,
             )
             for context_id, shards in self.shards.items()
             for shard, identity, sealed in shards.values()

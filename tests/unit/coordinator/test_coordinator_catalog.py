@@ -12,9 +12,9 @@ import textwrap
 
 import pytest
 
-from coordinator.catalog.base import ContextRecord, ContextState
+from coordinator.catalog.base import TOMBSTONE_TTL_S, ContextRecord, ContextState
 from coordinator.catalog.record_json import record_from_json, record_to_json
-from coordinator.catalog.sqlite import TOMBSTONE_TTL_S, SqliteCatalog
+from coordinator.catalog.sqlite import SqliteCatalog
 from longreach.errors import FailedPrecondition
 from longreach.types import Identity, Shard, ShardMap, Span
 
@@ -116,7 +116,7 @@ def test_a_finished_put_survives_the_death_of_the_process(tmp_path):
         """
         import asyncio, dataclasses, os, signal, sys
         from coordinator.catalog.record_json import record_from_json
-        from coordinator.catalog.sqlite import TOMBSTONE_TTL_S, SqliteCatalog
+        from coordinator.catalog.sqlite import SqliteCatalog
 
         async def main():
             catalog = SqliteCatalog(sys.argv[1])
@@ -162,3 +162,30 @@ async def test_a_broken_write_changes_nothing():
         await catalog.put(dataclasses.replace(RECORD, name="new"), [-1])
     assert (await catalog.get("ctx-1")).name == RECORD.name
     await catalog.close()
+
+
+async def test_a_file_of_the_first_schema_is_taken_over(tmp_path):
+    with sqlite3.connect(tmp_path / "catalog.sqlite") as db:
+        db.executescript(
+            """
+            CREATE TABLE contexts (context_id TEXT PRIMARY KEY, created_at REAL NOT NULL,
+                                   record TEXT NOT NULL, token_ids BLOB) STRICT;
+            CREATE TABLE removals (context_id TEXT PRIMARY KEY, removed_at REAL NOT NULL) STRICT;
+            PRAGMA user_version = 1;
+            """
+        )
+        row = (RECORD.context_id, RECORD.created_at, record_to_json(RECORD), b"\1\0\0\0")
+        db.execute("INSERT INTO contexts VALUES (?, ?, ?, ?)", row)
+        db.execute("INSERT INTO removals VALUES ('ctx-gone', 4e9)")
+    for _ in range(2):
+        catalog = SqliteCatalog(str(tmp_path))
+        assert await catalog.records() == [RECORD]
+        assert await catalog.token_ids("ctx-1") == (1,)
+        assert await catalog.tombstones() == {"ctx-gone"}
+        beat = await catalog.beat("a", 0)
+        assert await catalog.put(RECORD, expected=dict_of(beat)["ctx-1"]) > 1
+        await catalog.close()
+
+
+def dict_of(beat):
+    return {record.context_id: revision for record, revision in beat.records}

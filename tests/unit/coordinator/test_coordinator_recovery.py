@@ -250,3 +250,35 @@ async def test_a_running_session_is_no_orphan(world):
     assert worker.closed == []
     worker.step_gate.set()
     assert (await running).token_ids == answer([4], 5)
+
+
+async def test_sessions_left_open_on_nodes_are_closed_there_by_id():
+    world = new_world()
+    own, other = "ses-coordinator-0-left", "ses-coordinator-1-running"
+    node = world.nodes["node-1"]
+    node.session_ids.extend([own, other])
+    async with running_world(world):
+        await eventually(lambda: own not in node.session_ids)
+        assert (await world.generate([4], max_tokens=5)).token_ids == answer([4], 5)
+    assert node.session_ids == [other]
+    world.stop_doubles()
+
+
+async def test_the_nodes_of_a_killed_worker_s_sessions_are_told_to_close_them(world, monkeypatch):
+    monkeypatch.setattr("coordinator.coordinator.TICK_S", 0.02)
+    worker, node = world.workers["worker-0"], world.nodes["node-0"]
+    worker.step_gate.clear()
+    running = asyncio.create_task(world.generate([4], max_tokens=5))
+    await eventually(lambda: worker.steps)
+    node.session_ids.extend(worker.opened)
+    worker.server.stop(None)
+    assert isinstance(await raised(running), Unavailable)
+    await eventually(lambda: not node.session_ids)
+    worker.step_gate.set()
+
+
+async def test_a_failed_index_is_part_of_the_context(world):
+    world.nodes["node-1"].index_error = "layer 3: no memory"
+    context = await world.context(TOKENS)
+    shown = await world.stub.GetContext(pb.GetContextRequest(context_id=context.context_id))
+    assert shown.context.index_error == "layer 3: no memory"

@@ -270,7 +270,7 @@ async def test_deleting_a_context_that_is_being_stored_ends_its_creation(world):
     await world.stub.DeleteContext(gone)
     assert isinstance(await raised(call), Aborted)
     await eventually(lambda: not any(node.shards for node in world.nodes.values()))
-    assert worker.cancelled_prefills == 1
+    await eventually(lambda: worker.cancelled_prefills == 1)
 
 
 async def test_a_failed_row_ends_only_its_own_session(world):

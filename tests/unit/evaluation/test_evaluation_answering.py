@@ -1,8 +1,7 @@
-"""The two answerers on a tiny random model, and the command line over them."""
+"""The answerers on a tiny random model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluation.__main__ import main
-from evaluation.answering import FullAnswerer
 from evaluation.encoding import load_encoder
 from evaluation.fingerprint import model_fingerprint
+from evaluation.local import FullAnswerer
 from evaluation.methods import Deployment, open_answerers, parse_methods
 from evaluation.tasks import TASKS, Spec
 from longreach.errors import InvalidRequest
@@ -75,56 +73,6 @@ def test_a_cluster_with_an_exact_budget_answers_as_full_attention(tiny_model: Ti
         few.release(found)
         assert exact.answer(stored, sample.question_ids, 12).ids == wanted.ids
         exact.release(stored)
-
-
-def test_the_command_line_writes_all_files_and_goes_on_where_it_was(
-    tiny_model: TinyModel, tmp_path: Path
-) -> None:
-    def evaluate(*more: str) -> dict[str, object]:
-        path = tmp_path / "out" / "run.json"
-        flags = ["--model", str(tiny_model("llama")), "--tasks", "passkey", "number_string"]
-        assert main([*flags, "--methods", "full", "--n", "1", "--json", str(path), *more]) == 0
-        found: dict[str, object] = json.loads(path.read_text())
-        return found
-
-    report = evaluate("--lengths", "1K")
-    config, results = report["config"], report["results"]
-    assert isinstance(config, dict)
-    assert isinstance(results, list)
-    assert config["methods"] == ["full"]
-    assert config["greedy"] is True
-    assert "CPython" in config["essay"]
-    assert {(row["task"], row["length"], row["n"]) for row in results} == {
-        ("passkey", 1024, 1),
-        ("number_string", 1024, 1),
-    }
-    lines = (tmp_path / "out" / "run.jsonl").read_text().splitlines()
-    longer = evaluate("--lengths", "1024", "1500")
-    assert (tmp_path / "out" / "run.jsonl").read_text().splitlines()[:3] == lines
-    assert len(longer["results"]) == 4  # type: ignore[arg-type]
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {
-        *("run.json", "run.jsonl", "run.md", "run.infinitebench.png"),
-    }
-
-
-def test_wrong_words_end_with_a_message(
-    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--model", str(tiny_model("llama")), "--json", str(tmp_path / "run.json")]
-    assert main([*flags, "--tasks", "haystack"]) == 2
-    assert main([*flags, "--tasks", "qa_1", "--methods", "full", "--lengths", "4K"]) == 2
-    with pytest.raises(SystemExit):
-        main([*flags, "--lengths", "4M"])
-    assert "'4M' is not a length; write 4096 or 4K" in capsys.readouterr().err
-
-
-def test_the_help_names_every_task_and_method(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = capsys.readouterr().out
-    for name in (*TASKS, "cluster/INDEX:BUDGET", "hnsw", "flat", "--quick"):
-        assert name in text
 
 
 def test_training_changes_a_models_fingerprint(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -4,11 +4,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from benchmarks.report import Report
+from evaluation.pairing import pair_with_full
 from evaluation.plots import needle_grid, write_plots
-from evaluation.report import fill_report, pair_with_full, summary
+from evaluation.report import fill_report, summary
 from evaluation.results import Record
 from evaluation.tables import markdown, short_length
 from longreach.types import WorkFigures
@@ -62,27 +61,6 @@ def test_only_questions_that_both_answered_are_compared() -> None:
     assert paired is not None
     assert (paired.n, paired.difference) == (1, -1.0)
     assert pair_with_full(records, {}) is None
-
-
-@pytest.mark.parametrize(("worse", "met"), [(1, True), (2, False)])
-def test_the_target_is_the_published_loss(worse: int, met: bool) -> None:
-    (target,) = filled(both(40, worse)).targets
-    assert target.target == "<= 4"
-    assert target.measured == 2.5 * worse
-    assert target.met is met
-    assert "n 40" in target.note
-
-
-def test_nothing_is_claimed_from_few_questions_or_a_useless_yardstick() -> None:
-    few = filled(both(10, 0))
-    assert not few.targets
-    assert "too few" in few.skipped[0].why
-    useless = filled([record(m, 0.0, i) for m in ("full", "cluster:exact") for i in range(40)])
-    assert not useless.targets
-    assert "scores 0" in useless.skipped[0].why
-    alone = filled([record("cluster:exact", 1.0, i) for i in range(40)])
-    assert not alone.targets
-    assert "none of the same questions" in alone.skipped[0].why
 
 
 def test_the_table_has_methods_down_and_tasks_across_with_n() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_a_mixed_haystack_is_prefilled_once_for_all_its_questions(
 ) -> None:
     plan = Plan(tuple(select_tasks(["mixed_noise"])), (12_288,), tuple(parse_methods(["full"])), 1)
     store = bench.run(plan)
-    assert len(store.records) == 36
+    assert len(store.records) == store.records[0].questions >= 40
     assert bench.scripts["full"].prefills == 1
     by_kind = {record.metadata["kind"]: record.score for record in store.records}
     assert by_kind["passkey"] == 1.0
@@ -149,9 +150,23 @@ def test_a_run_that_broke_off_goes_on_with_the_next_question(bench: Bench) -> No
         file.write('{"method": "full", "task": "mixed')  # what a killed process may leave
     bench.scripts["full"] = Script(bench.encoder)
     store = bench.run(plan)
-    assert bench.scripts["full"].asked == 16
-    assert len({record.key for record in store.records}) == 36
-    assert len(bench.path.read_text().splitlines()) == 37
+    questions = store.records[0].questions
+    assert bench.scripts["full"].asked == questions - 20
+    assert len({record.key for record in store.records}) == questions
+    lines = [json.loads(line) for line in bench.path.read_text().splitlines()]
+    assert sum("answer" in line for line in lines) == questions
+
+
+def test_the_time_of_all_runs_adds_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(float(10 * call) for call in range(100))
+    monkeypatch.setattr("evaluation.results.time.monotonic", lambda: next(clock))
+    path = bench.path.parent / "clock.jsonl"
+    with ResultsFile(path, {}) as store:
+        store.tick()
+    assert store.elapsed_s == 20.0
+    with ResultsFile(path, {}) as again:
+        assert again.elapsed_s == 20.0
+    assert again.elapsed_s == 30.0
 
 
 def test_answers_survive_the_file_unchanged(bench: Bench) -> None:
@@ -184,6 +199,24 @@ def test_a_spent_time_limit_leaves_the_rest_unasked_and_says_so(bench: Bench) ->
     store = bench.run(bench.plan(["passkey"]), limit_s=-1)
     assert not bench.complete
     assert store.records == ()
+
+
+def test_a_short_time_limit_gives_every_method_its_share_of_a_haystack(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(10_000))
+    monkeypatch.setattr("evaluation.runner.time.monotonic", lambda: float(next(seconds)))
+    plan = bench.plan(["mixed"], "cluster:exact,cluster:top_k=5")
+    store = bench.run(plan, limit_s=24)
+    assert not bench.complete
+    asked = [script.asked for script in bench.scripts.values()]
+    assert len(asked) == 2
+    assert all(8 <= count <= 12 for count in asked)
+    kinds = {record.metadata["kind"] for record in store.records if record.question < 8}
+    assert len(kinds) == 8, "some questions of every kind"
+    again = bench.run(plan)
+    assert bench.complete
+    assert len(again.records) == 2 * store.records[0].questions
 
 
 def test_methods_are_told_apart_and_checked() -> None:

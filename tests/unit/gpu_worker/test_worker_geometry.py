@@ -93,6 +93,7 @@ REFUSED = [
         "chunked attention",
     ),
     (hf.BloomForCausalLM, hf.BloomConfig(n_layer=1), "registered attention"),
+    (hf.MambaForCausalLM, hf.MambaConfig(num_hidden_layers=1), "registered attention"),
     (
         hf.Gemma3nForCausalLM,
         hf.Gemma3nTextConfig(**{**SIZES, "num_hidden_layers": 10}, num_kv_shared_layers=5),

@@ -75,6 +75,14 @@ def test_nothing_to_load_is_an_error_that_says_so(source: str) -> None:
         load_model(source)
 
 
+def test_an_encoder_decoder_is_refused_by_name_with_what_works(tmp_path: Path) -> None:
+    hf.T5Config(num_layers=1, d_model=32).save_pretrained(tmp_path / "my-t5")
+    with pytest.raises(UnsupportedModel, match=r"'my-t5'.*'t5' is not a causal language") as error:
+        load_model(str(tmp_path / "my-t5"))
+    assert "Llama 2, 3 and 3.1" in error.value.message
+    assert "GLM-4" in error.value.message
+
+
 def test_another_weight_is_another_revision() -> None:
     module = random_module("llama")
     before = model_revision(module)

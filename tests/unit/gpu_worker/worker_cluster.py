@@ -133,6 +133,7 @@ def cluster(model: Model, nodes: int = 2, **config: Any) -> Iterator[Cluster]:
         "max_row_tokens": 32,
         "max_sessions": 3,
         "prefill_chunk_tokens": 128,
+        "prefill_pattern": "dense",
         "append_timeout_ms": 1000,
         "cluster_secret": SECRET,
         **config,

@@ -37,21 +37,55 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 64.0,
+    "original_max_position_embeddings": 64,
+}
+_LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 _SLIDING = {"sliding_window": 40, "head_dim": 16}
+_ALTERNATING = {
+    **_SLIDING,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
+    "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama-llama3-rope": ("Llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama-linear-rope": ("Llama", {"rope_parameters": _LINEAR_ROPE}),
+    "llama-yarn-rope": ("Llama", {"rope_parameters": _YARN_ROPE}),
     "qwen2": ("Qwen2", {}),
     "qwen2-half-sliding": (
         "Qwen2",
         {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3-yarn-rope": ("Qwen3", {"head_dim": 32, "rope_parameters": _YARN_ROPE}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "mistral-sliding": ("Mistral", _SLIDING),
     "phi3": ("Phi3", {"sliding_window": None}),
+    "phi3-sliding": ("Phi3", {"sliding_window": 40}),
+    # Half of every head is rotated, and neighbouring numbers form the pairs.
+    "glm4": ("Glm4", {"head_dim": 16}),
     "gemma2": ("Gemma2", {**_SLIDING, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
     "gemma3": ("Gemma3", {**_SLIDING, "query_pre_attn_scalar": 24, "num_hidden_layers": 6}),
+    "gemma3-linear-rope": (
+        "Gemma3",
+        {
+            **_SLIDING,
+            "query_pre_attn_scalar": 24,
+            "num_hidden_layers": 6,
+            "rope_parameters": {
+                "full_attention": {**_LINEAR_ROPE, "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    # Layers without position: every second one of SmolLM3, the full-attention ones of Cohere 2.
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
+    "cohere2": ("Cohere2", _ALTERNATING),
     "gpt-oss": ("GptOss", {**_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 FAMILIES = tuple(_FAMILIES)

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+import time
 
 import grpc
 import numpy as np
@@ -60,7 +61,7 @@ def node():
 
 @pytest.fixture
 async def stream(node):
-    stream = AttendStream(node.address)
+    stream = AttendStream(node.address, asyncio.get_running_loop())
     yield stream
     await stream.close()
 
@@ -77,91 +78,87 @@ def answered(response):
 
 
 async def ask(stream, request_id):
-    await stream.write(request(request_id))
-    return answered(await stream.read(request_id))
+    return answered(await stream.submit(request(request_id)))
 
 
 async def test_replies_find_the_request_they_answer_though_they_come_out_of_order(stream):
-    for request_id in (1, 2, 3):
-        await stream.write(request(request_id, HOLD))
-    assert [answered(await stream.read(request_id)) for request_id in (1, 2, 3)] == [1, 2, 3]
+    replies = [stream.submit(request(request_id, HOLD)) for request_id in (1, 2, 3)]
+    assert [answered(await reply) for reply in replies] == [1, 2, 3]
 
 
-async def test_replies_can_be_read_in_any_order(stream):
-    for request_id in range(1, 9):
-        await stream.write(request(request_id))
+async def test_replies_can_be_awaited_in_any_order(stream):
+    replies = {request_id: stream.submit(request(request_id)) for request_id in range(1, 9)}
     for request_id in (5, 1, 8, 2, 3, 7, 6, 4):
-        assert answered(await stream.read(request_id)) == request_id
+        assert answered(await replies[request_id]) == request_id
 
 
 async def test_all_requests_share_one_stream(stream, node):
     for request_id in range(1, 20):
-        await stream.write(request(request_id))
-        await stream.read(request_id)
+        await ask(stream, request_id)
     assert node.streams == 1
 
 
-async def test_requests_written_by_many_tasks_are_all_answered(stream):
+async def test_requests_of_many_tasks_are_all_answered(stream):
     numbers = list(range(1, 33))
     assert await asyncio.gather(*(ask(stream, number) for number in numbers)) == numbers
 
 
-def test_the_loop_may_stop_between_write_and_read(node):
+def test_the_loop_may_stand_still_between_a_request_and_its_reply(node):
     loop = asyncio.new_event_loop()
-    stream = AttendStream(node.address)
+    stream = AttendStream(node.address, loop)
     try:
-        for step in range(1, 6):
-            ids = (2 * step, 2 * step + 1)
-
-            async def write_all(ids=ids):
-                for request_id in ids:
-                    await stream.write(request(request_id))
-
-            async def collect_all(ids=ids):
-                return [answered(await stream.read(request_id)) for request_id in ids]
-
-            loop.run_until_complete(write_all())
-            for _ in ids:
-                assert node.received.acquire(timeout=BOUNDED_S)
-            assert loop.run_until_complete(collect_all()) == list(ids)
+        assert answered(loop.run_until_complete(stream.submit(request(1)))) == 1
+        assert node.received.acquire(timeout=BOUNDED_S)
+        for request_id in range(2, 50):
+            reply = stream.submit(request(request_id))
+            until = time.monotonic() + BOUNDED_S
+            while stream.unsent and time.monotonic() < until:
+                loop.call_soon(loop.stop)
+                loop.run_forever()
+            assert node.received.acquire(timeout=BOUNDED_S)
+            assert answered(loop.run_until_complete(reply)) == request_id
     finally:
         loop.run_until_complete(stream.close())
         loop.close()
 
 
 async def test_a_reply_that_takes_too_long_is_given_up_and_dropped_when_it_comes(stream):
-    await stream.write(request(1, HOLD))
-    with pytest.raises(DeadlineExceeded, match=r"request 1 within 0\.05 s"):
-        await stream.read(1, timeout_s=0.05)
-    for request_id in (2, 3):
-        await stream.write(request(request_id, HOLD))
-    assert [answered(await stream.read(request_id)) for request_id in (2, 3)] == [2, 3]
-    await stream.write(request(4))
-    assert answered(await stream.read(4)) == 4
+    with pytest.raises(DeadlineExceeded, match="request 1 in its time"):
+        await stream.submit(request(1, HOLD), timeout_s=0.05)
+    replies = [stream.submit(request(request_id, HOLD)) for request_id in (2, 3)]
+    assert [answered(await reply) for reply in replies] == [2, 3]
+    assert await ask(stream, 4) == 4
 
 
-async def test_a_forgotten_reply_leaves_no_trace(stream):
-    await stream.write(request(1))
-    stream.forget(1)
-    await stream.write(request(2))
-    assert answered(await stream.read(2)) == 2
-    with pytest.raises(KeyError):
-        await stream.read(1)
+async def test_a_cancelled_reply_leaves_no_trace(stream):
+    reply = stream.submit(request(1))
+    await asyncio.sleep(0)
+    reply.cancel()
+    assert await ask(stream, 2) == 2
+    assert reply.cancelled()
+
+
+async def test_a_request_that_is_cancelled_before_it_left_is_not_sent(stream, node):
+    await ask(stream, 1)
+    assert node.received.acquire(timeout=BOUNDED_S)
+    stream.submit(request(2)).cancel()
+    assert await ask(stream, 3) == 3
+    assert node.received.acquire(timeout=BOUNDED_S)
+    assert not node.received.acquire(blocking=False)
 
 
 async def test_a_node_that_dies_fails_what_is_in_flight_in_bounded_time(stream, node):
-    for request_id in (1, 2):
-        await stream.write(request(request_id, HOLD))
+    replies = [stream.submit(request(request_id, HOLD)) for request_id in (1, 2)]
+    await asyncio.to_thread(node.received.acquire, timeout=BOUNDED_S)
     node.server.stop(None)
     async with asyncio.timeout(BOUNDED_S):
-        for request_id in (1, 2):
+        for reply in replies:
             with pytest.raises(Unavailable, match=node.address):
-                await stream.read(request_id)
+                await reply
 
 
 async def test_a_stream_reconnects_when_the_node_is_back(stream, node):
-    await stream.write(request(1))
-    await stream.read(1)
+    await ask(stream, 1)
     node.server.stop(None).wait()
     async with asyncio.timeout(BOUNDED_S):
         for request_id in (2, 3):
@@ -185,7 +182,7 @@ async def test_a_stream_reconnects_when_the_node_is_back(stream, node):
 async def test_an_address_where_nobody_answers_is_unavailable_at_once():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]
-    stream = AttendStream(f"127.0.0.1:{free}")
+    stream = AttendStream(f"127.0.0.1:{free}", asyncio.get_running_loop())
     async with asyncio.timeout(BOUNDED_S):
         with pytest.raises(Unavailable, match=str(free)):
             await ask(stream, 1)
@@ -193,61 +190,70 @@ async def test_an_address_where_nobody_answers_is_unavailable_at_once():
 
 
 async def test_an_error_that_ends_the_stream_keeps_its_class_and_reason(stream):
-    await stream.write(request(1, HOLD))
-    await stream.write(request(2, FAIL))
-    for request_id in (1, 2):
+    replies = [stream.submit(request(1, HOLD)), stream.submit(request(2, FAIL))]
+    for reply in replies:
         with pytest.raises(InvalidRequest, match="layer 101 is unknown") as caught:
-            await stream.read(request_id)
+            await reply
         assert caught.value.reason == "INVALID_REQUEST"
-    await stream.write(request(3))
-    assert answered(await stream.read(3)) == 3
+    assert await ask(stream, 3) == 3
 
 
 async def test_a_stream_that_the_node_ends_is_opened_again(stream, node):
-    await stream.write(request(1, END))
     with pytest.raises(Unavailable, match="ended the stream"):
-        await stream.read(1)
-    await stream.write(request(2))
-    assert answered(await stream.read(2)) == 2
+        await stream.submit(request(1, END))
+    assert await ask(stream, 2) == 2
     assert node.streams == 2
 
 
 async def test_bytes_in_flight_are_capped(node):
     size = request(1, HOLD).ByteSize()
-    stream = AttendStream(node.address, max_in_flight_bytes=2 * size)
-    for request_id in (1, 2):
-        await stream.write(request(request_id, HOLD))
-    third = asyncio.create_task(stream.write(request(3, HOLD)))
+    loop = asyncio.get_running_loop()
+    stream = AttendStream(node.address, loop, max_in_flight_bytes=2 * size)
+    replies = [stream.submit(request(request_id, HOLD), 30.0) for request_id in (1, 2)]
+    for _ in replies:
+        assert await asyncio.to_thread(node.received.acquire, timeout=BOUNDED_S)
+    third = stream.submit(request(3))
+    # Only a reply makes room, and the node holds both until it has a third request.
     assert not (await asyncio.wait([third], timeout=0.1))[0]
-    stream.forget(1)
-    await asyncio.wait_for(third, BOUNDED_S)
-    assert answered(await stream.read(3)) == 3
-    assert answered(await stream.read(2)) == 2
+    assert not node.received.acquire(blocking=False)
+    node.server.stop(None)
+    for reply in (*replies, third):
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(reply, BOUNDED_S)
+    await stream.close()
+
+
+async def test_a_request_that_expired_makes_room_for_the_next(node):
+    size = request(1, HOLD).ByteSize()
+    stream = AttendStream(node.address, asyncio.get_running_loop(), max_in_flight_bytes=size)
+    late = stream.submit(request(1, HOLD), timeout_s=0.05)
+    assert await asyncio.wait_for(ask(stream, 2), BOUNDED_S) == 2
+    with pytest.raises(DeadlineExceeded):
+        await late
     await stream.close()
 
 
 async def test_a_single_request_above_the_cap_is_still_sent(node):
-    stream = AttendStream(node.address, max_in_flight_bytes=1)
+    stream = AttendStream(node.address, asyncio.get_running_loop(), max_in_flight_bytes=1)
     for request_id in (1, 2):
-        await stream.write(request(request_id))
-        assert answered(await stream.read(request_id)) == request_id
+        assert await ask(stream, request_id) == request_id
     await stream.close()
 
 
 async def test_closing_fails_what_is_in_flight(node):
-    stream = AttendStream(node.address)
-    await stream.write(request(1, HOLD))
+    stream = AttendStream(node.address, asyncio.get_running_loop())
+    reply = stream.submit(request(1, HOLD))
+    await asyncio.sleep(0)
     await stream.close()
     with pytest.raises(Unavailable, match="closed here"):
-        await stream.read(1)
+        await reply
 
 
 async def test_messages_of_many_megabytes_pass_in_both_directions(stream):
     rows = rows_of(1.0, count=1 << 17)
     big = wire.attend_request(1, 0, [rows], 1.0, 0.0)
     assert 16 << 20 < big.ByteSize() < MAX_MESSAGE_BYTES
-    await stream.write(big)
-    (result,) = wire.attend_results_from_proto(await stream.read(1), [(1 << 17, 4)])
+    (result,) = wire.attend_results_from_proto(await stream.submit(big), [(1 << 17, 4)])
     np.testing.assert_array_equal(result.partial.output, rows.queries * 2)
 
 
@@ -262,9 +268,8 @@ async def test_a_reply_that_is_no_protobuf_message_is_an_error_not_a_hang():
         server.add_generic_rpc_handlers((servicer,))
 
     with serving(add, Garbage()) as (address, _):
-        stream = AttendStream(address)
+        stream = AttendStream(address, asyncio.get_running_loop())
         async with asyncio.timeout(BOUNDED_S):
-            await stream.write(request(1))
             with pytest.raises(Internal, match="cannot be read"):
-                await stream.read(1)
+                await stream.submit(request(1))
         await stream.close()

@@ -154,7 +154,7 @@ def make_store(
         secret=SECRET,
         memory=memory,
         builder=Builder(memory, kind, 1),
-        snapshots=Snapshots(snapshot_dir) if snapshot_dir else None,
+        snapshots=Snapshots(snapshot_dir, kind) if snapshot_dir else None,
         clock=clock or Clock(),
     )
 

@@ -15,7 +15,9 @@ from benchmarks.synthetic import workload
 from longreach.attention import attention_logits, softmax_partial
 from longreach.errors import Cancelled, InvalidRequest
 from longreach.types import Budget, FloatArray, PartialAttention, QuerySample, Span
+from retrieval_node.index import auto
 from retrieval_node.index.base import INDEX_KINDS, BuildControl, Index, IndexRows, LayerKv
+from retrieval_node.index.search import SearchIndex
 
 KINDS = list(INDEX_KINDS)
 BUILT_KINDS = [kind for kind in KINDS if INDEX_KINDS[kind].needs_build and kind != "auto"]
@@ -322,3 +324,92 @@ def test_queries_of_another_shape_are_refused(kind: str) -> None:
     rows = IndexRows(np.zeros((1, 2, 4, 7), np.float32), 0, SCOPES["100%"], Budget(top_k=64))
     with pytest.raises(InvalidRequest, match="shape"):
         built(kind).attend([rows], 1.0)
+
+
+SMALL_SCOPE = Span(START, START + 1500)
+HEAD_SIZES = [64, 80, 96, 128, 256]
+
+
+@pytest.fixture
+def searching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets kinds that read short scopes whole search them, so that small builds test the search."""
+    monkeypatch.setattr(SearchIndex, "exact_scope", 64)
+    monkeypatch.setattr(auto, "EXACT_BELOW", 64)
+
+
+def built_over(kind: str, data: Layer, keys: np.ndarray) -> tuple[Index, Layer]:
+    """An index over other keys with the queries of `data`."""
+    changed = replace(data, kv=LayerKv(keys, data.kv.values, START))
+    return INDEX_KINDS[kind].build(changed.kv, data.sample, control()), changed
+
+
+def assert_sound(index: Index, data: Layer, budget: str) -> list[list[list[np.ndarray]]]:
+    """The answer is softmax attention over distinct keys of the scope; returns those."""
+    rows = IndexRows(data.queries, 0, SMALL_SCOPE, Budget.parse(budget))
+    got = index.attend([rows], data.scale, want_selected=True)[0]
+    assert_same(got.partial, attention_over(data, got.selected))
+    for r, h, g in np.ndindex(data.queries.shape[:3]):
+        chosen = got.selected[r][h][g]
+        assert len(np.unique(chosen)) == len(chosen)
+        assert ((chosen >= SMALL_SCOPE.start) & (chosen < SMALL_SCOPE.stop)).all()
+    return got.selected
+
+
+@pytest.mark.parametrize("head_dim", HEAD_SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_usual_head_size_is_searched(kind: str, head_dim: int, searching: None) -> None:
+    data = layer(keys=1500, head_dim=head_dim, group=2, rows=2)
+    index = INDEX_KINDS[kind].build(data.kv, data.sample, control())
+    selected = assert_sound(index, data, "top_k=8")
+    assert {len(each) for row in selected for head in row for each in head} == {8}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_budget_of_more_keys_than_there_are_takes_them_all(kind: str, searching: None) -> None:
+    data = layer(keys=1500, head_dim=64, group=2, rows=2)
+    index = INDEX_KINDS[kind].build(data.kv, data.sample, control())
+    selected = assert_sound(index, data, "top_k=4000")
+    assert {len(each) for row in selected for head in row for each in head} == {1500}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [*BUILT_KINDS, "auto"])
+def test_a_key_that_is_not_finite_is_refused(kind: str, value: float, searching: None) -> None:
+    # Nodes refuse such K and V when they are put; `flat`, which builds nothing, relies on that.
+    data = layer(keys=1500, head_dim=64, group=2, rows=2)
+    keys = data.kv.keys.copy()
+    keys[1, 700, 3] = value
+    with pytest.raises(InvalidRequest, match="NaN or infinity") as raised:
+        built_over(kind, data, keys)
+    assert raised.value.reason == "KEYS_NOT_FINITE"
+
+
+@pytest.mark.parametrize("budget", ["exact", "top_k=8", "mass=0.5", "beta=1", "top_k=8+tail"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_keys_all_count_the_same(kind: str, budget: str, searching: None) -> None:
+    data = layer(keys=1500, head_dim=64, group=2, rows=2)
+    index, data = built_over(kind, data, np.zeros_like(data.kv.keys))
+    rows = IndexRows(data.queries, 0, SMALL_SCOPE, Budget.parse(budget))
+    got = index.attend([rows], data.scale, want_selected=True)[0]
+    assert np.isfinite(got.partial.output).all()
+    if budget.endswith("tail"):
+        # What is attended counts in full; an estimate may add the rest, but no more.
+        assert (got.partial.lse >= np.log(8) - TOLERANCE).all()
+        assert (got.partial.lse <= np.log(1500) + TOLERANCE).all()
+        return
+    counts = [len(each) for row in got.selected for head in row for each in head]
+    np.testing.assert_allclose(got.partial.lse.ravel(), np.log(counts), atol=1e-3)
+    if budget == "exact":
+        assert set(counts) == {1500}
+    if budget == "top_k=8":
+        assert set(counts) == {8}
+
+
+@pytest.mark.parametrize("budget", ["top_k=8", "mass=0.9", "beta=3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_that_repeat_are_each_attended_once(kind: str, budget: str, searching: None) -> None:
+    data = layer(keys=1500, head_dim=64, group=2, rows=2)
+    index, data = built_over(kind, data, np.tile(data.kv.keys[:, :10], (1, 150, 1)))
+    selected = assert_sound(index, data, budget)
+    if budget == "top_k=8":
+        assert {len(each) for row in selected for head in row for each in head} == {8}

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.synthetic import Workload, workload
 from longreach.errors import FailedPrecondition
-from longreach.types import BFLOAT16, Budget, QuerySample, Span
+from longreach.types import BFLOAT16, QuerySample
 from retrieval_node.graph_kernel import GraphShape, KeyGraph, LayerGraphs, build_graph
-from retrieval_node.index.base import BuildControl, IndexRows, LayerKv
+from retrieval_node.index.base import BuildControl, LayerKv
 from retrieval_node.index.faiss_kind import centred_keys
-from retrieval_node.index.persistence import CORRUPT, OTHER
 from retrieval_node.index.roargraph import RoarGraphIndex, build_head
 from retrieval_node.index.roargraph_build import (
     GroupQueries,
@@ -64,13 +62,6 @@ def graph(threads: int = 1, lists: np.ndarray | None = None) -> KeyGraph:
     built = build_graph(keys.astype(BFLOAT16), lists, SHAPE, threads, always)
     assert built is not None
     return built
-
-
-@cache
-def saved_bytes(directory: Path) -> bytes:
-    path = directory / "graphs.index"
-    index().save(path)
-    return path.read_bytes()
 
 
 @cache
@@ -189,54 +180,3 @@ def test_graphs_that_point_outside_their_keys_are_refused(
     built = KeyGraph(np.array(offsets, np.int64), np.array(edges, np.int32), entry)
     with pytest.raises(ValueError, match="graph"):
         LayerGraphs([built], 3)
-
-
-def test_a_loaded_index_answers_as_the_saved_one(tmp_path: Path) -> None:
-    index().save(tmp_path / "graphs.index")
-    loaded = RoarGraphIndex.load(tmp_path / "graphs.index", layer_kv())
-    queries = np.ascontiguousarray(head().decode_queries[:, :4].transpose(1, 0, 2))[:, None]
-    rows = IndexRows(queries, 0, Span(0, KEYS), Budget(top_k=16))
-    before, after = (each.attend([rows], head().scale)[0] for each in (index(), loaded))
-    np.testing.assert_array_equal(before.partial.output, after.partial.output)
-    assert before.work == after.work
-
-
-def test_an_index_of_other_keys_is_not_loaded(tmp_path: Path) -> None:
-    index().save(tmp_path / "graphs.index")
-    keys = head().keys.copy()
-    keys[0] += 1
-    with pytest.raises(FailedPrecondition, match="keys_crc32") as raised:
-        RoarGraphIndex.load(tmp_path / "graphs.index", LayerKv(keys[None], keys[None], 0))
-    assert raised.value.reason == OTHER
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.9999])
-def test_a_truncated_file_is_reported(tmp_path: Path, share: float) -> None:
-    whole = saved_bytes(tmp_path)
-    path = tmp_path / "cut.index"
-    path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(FailedPrecondition, match=r"cut\.index") as raised:
-        RoarGraphIndex.load(path, layer_kv())
-    assert raised.value.reason == CORRUPT
-
-
-def test_no_damaged_byte_goes_unnoticed(tmp_path: Path) -> None:
-    whole = saved_bytes(tmp_path)
-    rng = np.random.default_rng(0)
-    path = tmp_path / "damaged.index"
-    header = rng.integers(0, 2000, 60)
-    for place in np.concatenate([header, rng.integers(0, len(whole), 60)]):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged)
-        try:
-            loaded = RoarGraphIndex.load(path, layer_kv())
-        except FailedPrecondition:
-            continue
-        # Loaded all the same: the byte carried nothing, such as the header's padding.
-        np.testing.assert_array_equal(loaded.graphs[0].edges, index().graphs[0].edges)
-
-
-def test_a_missing_file_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(FailedPrecondition, match="build the index again"):
-        RoarGraphIndex.load(tmp_path / "nothing.index", layer_kv())

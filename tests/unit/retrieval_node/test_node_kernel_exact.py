@@ -11,7 +11,7 @@ import pytest
 from longreach.attention import merge, partial_attention
 from longreach.types import PartialAttention
 from retrieval_node import kernel
-from retrieval_node.kernel import KernelRows
+from retrieval_node.kernel import KernelRows, KvRows
 
 STORAGES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # (head_dim, value_dim, kv_heads, group, rows, keys): the usual head sizes, ragged ones, group sizes
@@ -96,6 +96,49 @@ def test_heads_and_scopes_of_a_batch_are_independent(tier):
         heads = slice(rows.kv_head_start, stop)
         expected = reference(rows.queries, keys[heads], values[heads], rows.start, rows.stop, 0.2)
         assert_close(part, expected)
+
+
+def pairs_of_many_kinds(rng):
+    """K/V pairs that differ in length, heads, dimensions and storage, with rows for each."""
+    shapes = ((64, 64, 2, 4, 1, 5_000), (80, 48, 1, 3, 2, 1), (128, 128, 2, 2, 40, 300))
+    pairs = []
+    for (head_dim, value_dim, heads, group, rows, n), storage in zip(shapes, STORAGES, strict=True):
+        keys, values = random_kv(rng, heads, n, head_dim, value_dim, storage)
+        queries = rng.standard_normal((rows, heads, group, head_dim), np.float32)
+        batch = [KernelRows(queries, 0, 0, n), KernelRows(queries[:1], 0, n // 2, n)]
+        pairs.append(KvRows(keys, values, batch))
+    return pairs
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_pairs_of_any_shape_and_storage_are_answered_together(tier, threads, softcap):
+    pairs = pairs_of_many_kinds(np.random.default_rng(10))
+    before = kernel.threads()
+    try:
+        kernel.set_threads(threads)
+        answers = kernel.attend_exact_pairs(pairs, 0.2, softcap)
+    finally:
+        kernel.set_threads(before)
+    for pair, parts in zip(pairs, answers, strict=True):
+        for rows, part in zip(pair.batch, parts, strict=True):
+            args = (rows.queries, pair.keys, pair.values, rows.start, rows.stop)
+            assert_close(part, reference(*args, 0.2, softcap))
+
+
+def test_no_pairs_and_pairs_without_rows_give_no_answers(tier):
+    keys, values = random_kv(np.random.default_rng(11), 1, 10, 64, 64, STORAGES[0])
+    assert kernel.attend_exact_pairs([], 1.0) == []
+    assert kernel.attend_exact_pairs([KvRows(keys, values, [])], 1.0) == [[]]
+
+
+def test_a_pair_that_does_not_fit_is_refused_by_name(tier):
+    keys, values = random_kv(np.random.default_rng(12), 1, 10, 64, 64, STORAGES[0])
+    queries = np.zeros((1, 1, 1, 64), np.float32)
+    good = KvRows(keys, values, [KernelRows(queries, 0, 0, 10)])
+    bad = KvRows(keys, values, [KernelRows(queries, 0, 0, 11)])
+    with pytest.raises(ValueError, match=r"scope \[0, 11\) is not within the 10 keys"):
+        kernel.attend_exact_pairs([good, bad], 1.0)
 
 
 def test_an_empty_scope_gives_zero_output_and_minus_infinity(tier):

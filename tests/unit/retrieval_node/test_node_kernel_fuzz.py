@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from longreach.types import Budget
 from retrieval_node import kernel
 from retrieval_node.index.sketch_fit import fit_sketch
-from retrieval_node.kernel import KernelRows
+from retrieval_node.kernel import KernelRows, KvRows
 
 STORAGES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -126,6 +126,20 @@ def test_exact_attention_answers_or_refuses(data):
 
 @FUZZ
 @given(st.data())
+def test_exact_attention_over_many_pairs_answers_or_refuses(data):
+    pairs = []
+    for _ in range(data.draw(st.integers(0, 3))):
+        keys, values = data.draw(layers())
+        pairs.append(KvRows(keys, values, data.draw(batches(keys))))
+    scale, softcap = data.draw(scales), data.draw(softcaps)
+    answers_or_value_error(
+        lambda: [p for parts in kernel.attend_exact_pairs(pairs, scale, softcap) for p in parts],
+        [rows for pair in pairs for rows in pair.batch],
+    )
+
+
+@FUZZ
+@given(st.data())
 def test_budgeted_attention_answers_or_refuses(data):
     keys, values = data.draw(layers())
     batch = data.draw(batches(keys))
@@ -164,9 +178,8 @@ def test_a_sketch_answers_or_refuses(data):
         if keys.ndim != 3 or values.ndim != 3:
             raise ValueError("no heads to fit")
         heads = [fit_sketch(k, v, None) for k, v in zip(keys, values, strict=True)]
-        return kernel.attend_sketch(
-            keys, values, heads, batch, scale, softcap, want_selected=wanted
-        )
+        layer = kernel.SketchLayer(keys, values, heads)
+        return layer.attend(batch, scale, softcap, want_selected=wanted)
 
     answers_or_value_error(attend, batch)
 
@@ -195,7 +208,8 @@ def test_a_long_scope_is_searched_whatever_the_budget_and_the_logits(
     queries = (stretch * rng.standard_normal((2, 2, group, 16))).astype(np.float32)
     floors = None if floor is None else np.full(queries.shape[:3], floor, np.float32)
     rows = KernelRows(queries, 0, *edges, budget, floors)
-    [answer] = kernel.attend_sketch(keys, keys, heads, [rows], 1.0, softcap, want_selected=True)
+    layer = kernel.SketchLayer(keys, keys, heads)
+    [answer] = layer.attend([rows], 1.0, softcap, want_selected=True)
     assert not np.isnan(answer.partial.lse).any()
     assert np.isfinite(answer.partial.output).all()
     for ids in answer.selected:
@@ -213,4 +227,4 @@ def test_a_sketch_of_other_keys_is_refused(drop):
     short = kernel.SketchCode(code.eight, code.four, **parts)
     rows = KernelRows(np.zeros((1, 1, 1, 16), np.float32), 0, 0, 100, Budget(top_k=1))
     with pytest.raises(ValueError, match=drop):
-        kernel.attend_sketch(keys, keys, [short], [rows], 1.0)
+        kernel.SketchLayer(keys, keys, [short]).attend([rows], 1.0)

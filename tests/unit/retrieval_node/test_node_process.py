@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -109,3 +110,20 @@ def test_a_node_without_a_secret_does_not_start():
     assert ended.returncode == 2
     assert "LONGREACH_CLUSTER_SECRET" in ended.stderr
     assert ended.stdout == ""
+
+
+def test_a_node_s_blas_keeps_to_the_thread_that_calls_it():
+    code = (
+        "import os, retrieval_node.__main__\n"
+        "import numpy as np\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "matrix = np.ones((400, 400), np.float32)\n"
+        "np.linalg.eigh(matrix @ matrix)\n"
+        "print(len(os.listdir('/proc/self/task')) - before, os.environ['OPENBLAS_NUM_THREADS'])"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean
+    )
+    started, setting = ended.stdout.split()[:2]
+    assert (started, setting) == ("0", "1")

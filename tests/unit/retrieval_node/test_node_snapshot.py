@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from longreach.types import QuerySample, Span
 from retrieval_node.memory import MemoryBudget
-from retrieval_node.snapshot import read_shard
+from retrieval_node.shard_file import read_shard
 from retrieval_node.store import Store
 from retrieval_node.tensor_file import BrokenFileError, TensorFile, write_tensors
 
@@ -216,5 +216,32 @@ def test_a_header_that_asks_for_more_than_the_file_has_is_refused_before_allocat
     data = bytearray(path.read_bytes())
     data[:8] = (1 << 60).to_bytes(8, "little")
     path.write_bytes(data)
+    with pytest.raises(BrokenFileError, match="header"):
+        TensorFile(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": 4}},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
+        {"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
+        {"a": [0, 4]},
+        {"__metadata__": [1]},
+        {"__metadata__": None},
+        [1, 2],
+        3,
+    ],
+    ids=str,
+)
+def test_a_header_that_is_json_but_no_header_is_refused(tmp_path, header):
+    if isinstance(header, dict):
+        header = {"__metadata__": {}} | header
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(BrokenFileError, match="header"):
         TensorFile(path)

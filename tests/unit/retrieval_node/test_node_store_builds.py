@@ -202,7 +202,7 @@ def test_an_index_that_is_finished_after_the_drop_is_not_counted(gate):
 
 def test_a_drop_frees_the_arrays_of_shards_that_are_built_or_wait_for_a_build(gate, tmp_path):
     first, second = Sequence(30), Sequence(20, context_id="ctx-second")
-    store, builder = gated_store(snapshots=Snapshots(tmp_path))
+    store, builder = gated_store(snapshots=Snapshots(tmp_path, "gated"))
     put_with_sample(store, first)
     assert gate.entered.wait(10)
     put_with_sample(store, second)

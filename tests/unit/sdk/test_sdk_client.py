@@ -172,6 +172,13 @@ async def test_wait_indexed_does_not_wait_for_a_failed_context(client: Any, serv
         await client.contexts.wait_indexed("ctx-1")
 
 
+async def test_wait_indexed_ends_when_the_index_cannot_be_built(client: Any, service: Any) -> None:
+    service.contexts = [_context(index_fraction=0.5, index_kind="flat", index_error="no memory")]
+    with pytest.raises(FailedPrecondition, match=r"no memory.*flat goes on answering") as raised:
+        await client.contexts.wait_indexed("ctx-1")
+    assert raised.value.reason == "INDEX_FAILED"
+
+
 async def test_a_stream_gives_tokens_and_then_its_summary(client: Any, service: Any) -> None:
     work = common_pb2.WorkFigures(keys_in_scope=100, keys_scanned=10, keys_attended=5)
     service.generate_replies = [

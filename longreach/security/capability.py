@@ -20,12 +20,14 @@ _TAG_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """Leave to `read` (open a session on) or `write` (put, seal, drop) a context.
+    """Leave to `read` (open a session on) or `write` (put, seal, drop) a context, or to `close` a
+    session by its id.
 
-    `expires_at` is in Unix seconds; `epoch` and `session_id` are 0 and "" for writing.
+    `expires_at` is in Unix seconds; `epoch` and `session_id` are 0 and "" for writing. To close,
+    only `session_id` counts: who closes what a crash left open knows no more.
     """
 
-    action: Literal["read", "write"]
+    action: Literal["read", "write", "close"]
     tenant: str
     context_id: str
     expires_at: float
@@ -44,7 +46,7 @@ def verify(
     secret: bytes,
     *,
     now: float,
-    action: Literal["read", "write"],
+    action: Literal["read", "write", "close"],
     context_id: str,
     session_id: str = "",
 ) -> Capability:

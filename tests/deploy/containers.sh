@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Builds the images and runs docker-compose.yml for real: `bash tests/deploy/containers.sh`.
+#
+# Uses the Docker daemon that answers; without one, and as root, starts a daemon of its own for the
+# run (Debian: apt-get install docker.io docker-compose iptables). Where the base image cannot be
+# pulled, a stand-in is made once with debootstrap (apt-get install debootstrap): the Dockerfile
+# stays what a user needs. STANDIN_COPY names further folders and files that the stand-in needs,
+# such as pip's configuration of a machine without an index.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+WORK=${WORK:-$(mktemp -d)}
+BASE=$(sed -n 's/^ARG PYTHON_IMAGE=//p' deploy/docker/Dockerfile)
+DOCKERFILE=deploy/docker/Dockerfile
+export LONGREACH_TAG=test LONGREACH_PORT=${LONGREACH_PORT:-17300}
+export DOCKER_BUILDKIT=1 COMPOSE_PROJECT_NAME=longreach-test
+DAEMON=
+
+say() { echo "== $*" >&2; }
+
+compose() {
+  if docker compose version >/dev/null 2>&1; then docker compose "$@"; else docker-compose "$@"; fi
+}
+
+finish() {
+  status=$?
+  if [ $status != 0 ]; then compose logs --tail 40 >&2 || true; fi
+  compose down --volumes --timeout 20 >/dev/null 2>&1 || true
+  if [ -n "$DAEMON" ]; then kill "$DAEMON" && wait "$DAEMON" || true; fi
+  exit $status
+}
+trap finish EXIT
+
+need_daemon() {
+  if docker info >/dev/null 2>&1; then return; fi
+  say "no Docker daemon answers: starting one in $WORK"
+  export DOCKER_HOST=unix://$WORK/docker.sock
+  dockerd --data-root "$WORK/data" --exec-root "$WORK/exec" -H "$DOCKER_HOST" -p "$WORK/pid" \
+    --default-ulimit nofile=4096:4096 >"$WORK/dockerd.log" 2>&1 &
+  DAEMON=$!
+  for _ in $(seq 60); do
+    if docker info >/dev/null 2>&1; then return; fi
+    sleep 0.5
+  done
+  tail "$WORK/dockerd.log" >&2
+  return 1
+}
+
+need_base() {
+  if docker image inspect "$BASE" >/dev/null 2>&1 || docker pull "$BASE" >/dev/null 2>&1; then
+    return
+  fi
+  say "$BASE cannot be pulled: making a stand-in"
+  root=$WORK/rootfs
+  if [ ! -e "$root/usr/bin/python3" ]; then
+    debootstrap --variant=minbase --include=python3,python3-dev,python3-pip,python3-venv,ca-certificates \
+      bookworm "$root" >"$WORK/debootstrap.log"
+  fi
+  ln -sf python3 "$root/usr/bin/python"
+  cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
+  for path in ${STANDIN_COPY:-}; do
+    mkdir -p "$root$(dirname "$path")" && cp -a "$path" "$root$path"
+  done
+  tar -C "$root" -c . | docker import - "$BASE" >/dev/null
+}
+
+build() {
+  for image in coordinator:coordinator:test retrieval-node:retrieval-node:test worker-cpu:worker:test-cpu; do
+    target=${image%%:*} name=longreach-${image#*:}
+    say "building $name"
+    docker build --network host -f "$DOCKERFILE" --target "$target" -t "$name" ${BUILD_FLAGS:-} .
+  done
+}
+
+wait_healthy() {
+  say "waiting until every container is healthy"
+  for _ in $(seq 120); do
+    ids=$(compose ps -q)
+    waiting=$(docker inspect --format '{{.State.Health.Status}}' $ids | grep -vc '^healthy$' || true)
+    if [ "$waiting" = 0 ]; then return; fi
+    sleep 2
+  done
+  docker ps >&2
+  return 1
+}
+
+expect() { # expect WHAT PATTERN TEXT
+  if ! grep -Eq "$2" <<<"$3"; then
+    say "FAILED: $1: no '$2' in: $3"
+    return 1
+  fi
+  say "ok: $1"
+}
+
+need_daemon
+need_base
+build
+compose up --detach --no-build
+wait_healthy
+
+expect "every member is alive" '4' \
+  "$(compose exec -T coordinator longreach status --json | grep -c '"state": "alive"')"
+expect "a question is answered" '"(text|tokens)"' \
+  "$(compose exec -T coordinator longreach ask --json --max-tokens 4 'What is stored here?')"
+expect "a document is stored" 'ctx-' \
+  "$(compose exec -T coordinator longreach ingest - --name doc <docs/architecture.md 2>&1)"
+expect "and asked" '"coverage": 1' \
+  "$(compose exec -T coordinator longreach ask --json --context doc --max-tokens 4 'Which walk?')"
+say "restarting every node: they serve their snapshots again"
+compose restart node-0 node-1 node-2
+wait_healthy
+# The worker may still hold connections to the nodes' former lives: give it time to notice.
+answer=
+for _ in $(seq 30); do
+  answer=$(compose exec -T coordinator \
+    longreach ask --json --context doc --max-tokens 4 'Which walk?' 2>&1) && break
+  sleep 2
+done
+expect "asked after the restart" '"coverage": 1' "$answer"
+for service in coordinator worker node-0; do
+  expect "$service runs without root" '^10001$' "$(compose exec -T $service id -u)"
+  expect "$service has a read-only root" 'Read-only' \
+    "$(compose exec -T $service sh -c 'touch /opt/x 2>&1 || true')"
+done
+for service in coordinator node-0; do
+  expect "$service has no torch" 'No module named' \
+    "$(compose exec -T $service python -c 'import torch' 2>&1 || true)"
+done
+docker images --format '{{.Repository}}:{{.Tag}} {{.Size}}' | grep longreach
+say "all of it works"
