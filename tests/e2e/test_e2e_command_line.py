@@ -74,7 +74,13 @@ def up(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[subprocess
     """`longreach up`, ready."""
     command = [*_COMMAND, "up", "--model", str(tiny_model("llama")), "--nodes", "1"]
     command += ["--data-dir", str(tmp_path), "--listen", "127.0.0.1:0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background makes all its children ignore SIGINT.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     yield process
     if process.poll() is None:
         process.terminate()

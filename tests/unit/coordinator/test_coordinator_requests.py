@@ -91,7 +91,7 @@ def test_an_unknown_model_is_not_found_and_one_whose_workers_are_away_is_unavail
 
 def test_a_config_that_cannot_work_is_refused_by_name():
     good = CoordinatorConfig(cluster_secret="s")
-    assert good.budget() == Budget(top_k=100)
+    assert good.budget() == Budget(top_k=100, tail_estimate=True)
     with pytest.raises(InvalidRequest, match="LONGREACH_CLUSTER_SECRET"):
         CoordinatorConfig()
     with pytest.raises(InvalidRequest, match="default_budget"):
