@@ -28,6 +28,7 @@ lint: install ## Style, types, protocol lint, breaking changes and stub drift.
 	$(BIN)/buf lint proto
 	$(BIN)/buf format --diff --exit-code proto
 	$(BIN)/buf breaking proto --against proto/released.binpb
+	$(BIN)/python deploy/helm/settings.py --check
 	$(MAKE) proto-check
 
 .PHONY: install
@@ -66,6 +67,10 @@ proto-check: install ## Fail when the committed stubs differ from proto/.
 	diff -r -x __init__.py -x __pycache__ build/stubs/$(STUBS) $(STUBS)
 
 -include retrieval_node/native/sanitize.mk
+
+.PHONY: test-containers
+test-containers: install ## Build the images and run docker-compose.yml for real (needs Docker, root).
+	bash tests/deploy/containers.sh
 
 .PHONY: bench
 bench: install ## Run every benchmark in full and write docs/benchmarks/*.json with plots.

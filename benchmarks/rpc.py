@@ -3,7 +3,7 @@
 Real node processes decode and check every message of a Llama-3-8B-shaped step (32 layers, 8 KiB of
 queries up, 16 KiB of partial attention down) and answer zeros. The client is the worker's: pure
 Python, one Attend stream per node. Both gRPC polling engines and plain TCP sockets, the floor, take
-turns token by token. With more nodes every node is asked for every head (span placement), which is
+turns of some tokens each. With more nodes every node is asked for every head (span placement), which is
 the most messages a step can need.
 """
 
@@ -131,7 +131,7 @@ def report_on(measured: dict[tuple[str, int], list[Stages]], report: Report) -> 
 def main() -> None:
     """Runs the benchmark from the command line."""
     arguments = argument_parser("rpc", __doc__ or "").parse_args()
-    rounds, tokens = (8, 4) if arguments.quick else (60, 4)
+    rounds, tokens = (4, 15) if arguments.quick else (12, 25)
     report = Report(
         "rpc",
         config={
