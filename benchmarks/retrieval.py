@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ from benchmarks.retrieval_methods import (
     kind_methods,
     peer_methods,
 )
-from benchmarks.retrieval_targets import check_targets
+from benchmarks.retrieval_targets import KEYS, check_targets
+from benchmarks.retrieval_threads import measure_threads
 from benchmarks.roargraph_in_faiss import RoarGraphInFaiss
 from benchmarks.scene import (
     TOP,
@@ -56,12 +58,11 @@ SLOW_KINDS = ("hnsw", "roargraph")
 def interleave(methods: list[Method], steps: int) -> None:
     """Times every method on every step, in turn.
 
-    Each step begins with another method, so that none always follows the same one: what a wide
+    The order is drawn anew for each step, so that none always follows the same one: what a wide
     vector kernel does to the clock, or a library to the caches, lasts into the next call.
     """
     for step in range(steps):
-        first = step * len(methods) // steps
-        for method in methods[first:] + methods[:first]:
+        for method in random.Random(step).sample(methods, len(methods)):
 
             def call(run: Callable[[int], object] = method.run, step: int = step) -> object:
                 return run(step)
@@ -206,7 +207,10 @@ def main() -> None:
     with faiss_threads(1):
         for name in data:
             for size in sizes:
-                rows += measure(Scene(name, size * 1024, steps, given.cache), plan)
+                scene = Scene(name, size * 1024, steps, given.cache)
+                rows += measure(scene, plan)
+                if (name, scene.keys) == ("structured", KEYS):
+                    measure_threads(scene, report)
     for row in rows:
         report.add(**{column: row[column] for column in SHOWN})
     check_targets(report, rows)

@@ -16,6 +16,8 @@ BETTER_THAN = {
 }  # fmt: skip
 """How many times faster than a peer the default kind answers, cold, at equal recall or better."""
 
+GROWTH_RECALL = 0.95
+
 Row = dict[str, Any]
 
 
@@ -30,6 +32,7 @@ def check_targets(report: Report, measured: list[Row]) -> None:
     _size_and_build(report, structured)
     _graph(report, structured)
     _hard(report, hard)
+    _growth(report, [row for row in measured if row["data"] == "structured"])
 
 
 def fastest(rows: list[Row], method: str, recall: float) -> Row | None:
@@ -115,3 +118,26 @@ def _hard(report: Report, rows: list[Row]) -> None:
     share = ours["cold_ms"] / exact["cold_ms"]
     note = f"recall {ours['recall']:.3f}"
     report.at_most("hard set at recall .97, of full attention's time", 0.25, share, "x", note)
+
+
+def _growth(report: Report, rows: list[Row]) -> None:
+    """Beyond KEYS, the time of our fastest kind must grow slower than the number of keys."""
+    best: dict[int, Row] = {}
+    for size in {row["keys"] for row in rows}:
+        here = [row for row in rows if row["keys"] == size]
+        found = [fastest(here, kind, GROWTH_RECALL) for kind in ("sketch", "roargraph")]
+        able = [row for row in found if row is not None]
+        if able:
+            best[size] = min(able, key=lambda row: float(row["cold_ms"]))
+    if KEYS not in best:
+        return
+    for size in sorted(size for size in best if size > KEYS):
+        base, there = best[KEYS], best[size]
+        report.at_most(
+            f"time at {size} keys over time at {KEYS}, recall {GROWTH_RECALL}",
+            size / KEYS,
+            there["cold_ms"] / base["cold_ms"],
+            "x",
+            f"{there['method']} {there['cold_ms']:.3g} ms, {base['method']} "
+            f"{base['cold_ms']:.3g} ms; the keys grow {size // KEYS}-fold",
+        )

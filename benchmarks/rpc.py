@@ -3,8 +3,8 @@
 Real node processes decode and check every message of a Llama-3-8B-shaped step (32 layers, 8 KiB of
 queries up, 16 KiB of partial attention down) and answer zeros. The client is the worker's: pure
 Python, one Attend stream per node. Both gRPC polling engines and plain TCP sockets, the floor, take
-turns of some tokens each. With more nodes every node is asked for every head (span placement), which is
-the most messages a step can need.
+turns of some tokens each. With more nodes every node is asked for every head (span placement),
+which is the most messages a step can need.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import faiss as _typed_faiss
@@ -74,6 +75,11 @@ class Scene:
         keys = np.asarray(self.work.keys, np.float32)
         return np.asarray(keys - keys.mean(axis=0), np.float32)
 
+    def layer_sample(self, kv_heads: int) -> QuerySample:
+        """Prefill queries of a layer whose KV heads are all like this one."""
+        queries = np.tile(self.sample.queries, (kv_heads, 1, 1))
+        return QuerySample(0, 0, self.sample.positions, queries)
+
     @cached_property
     def flat(self) -> Index:
         """The exact kind."""
@@ -134,12 +140,14 @@ class Scene:
 
 def build(kind: str, scene: Scene) -> tuple[Index, float]:
     """An index of a kind over the scene, and the CPU seconds its build took."""
-    from threading import Event
-
-    control = BuildControl(lambda built, total: None, Event())
     started = time.process_time()
-    index = INDEX_KINDS[kind].build(scene.kv, scene.sample, control)
+    index = build_over(kind, scene.kv, scene.sample)
     return index, time.process_time() - started
+
+
+def build_over(kind: str, kv: LayerKv, sample: QuerySample) -> Index:
+    """An index of a kind."""
+    return INDEX_KINDS[kind].build(kv, sample, BuildControl(lambda built, total: None, Event()))
 
 
 def cached_workload(name: str, keys: int, cache: Path) -> Workload:

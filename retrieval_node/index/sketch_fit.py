@@ -17,7 +17,7 @@ import numpy as np
 from longreach.types import FloatArray, StorageArray
 from retrieval_node.kernel import SketchCode, encode_sketch
 
-SAMPLED_KEYS = 16384
+SAMPLED_KEYS = 8192
 """Keys, evenly spaced, that moments are taken of."""
 
 EIGHT_CLIP = 4.5
