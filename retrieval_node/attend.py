@@ -1,15 +1,21 @@
 """Attend: rows of many sessions become one call per index, and their partials are merged.
 
     plan      each row's scope is cut along the shards of its context and the session's tail
-    search    every index that is asked answers all its rows in one call
+    search    every index that is asked answers all its rows in one call, and the tails of all
+              sessions, as far as they have no index, are attended exactly in one more
     merge     a row's partials, over disjoint positions or heads, are merged by log-sum-exp
+
+The budget of a row applies to each index by itself, be it over a shard or over a full chunk of a
+tail: `top_k` and the bounds `floor` and `ceiling` count per index, `mass` is a share of the mass
+within each (so the whole keeps at least that share where no ceiling cuts it), and `beta` counts
+from the highest logit of each. Only `logit_floor` and the exact budget mean the same however a
+scope is cut. Tail positions without an index are attended whatever the budget.
 
 A row that cannot be planned is an error for that row alone.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,31 +34,24 @@ from longreach.types import (
     Span,
     WorkFigures,
 )
-from retrieval_node.builds import FIRST_KIND
 from retrieval_node.contexts import Context
-from retrieval_node.index.base import (
-    INDEX_KINDS,
-    BuildControl,
-    Index,
-    IndexAnswer,
-    IndexRows,
-    LayerKv,
-)
+from retrieval_node.index.base import Index, IndexAnswer, IndexRows, LayerKv
+from retrieval_node.index.flat import attend_whole
 from retrieval_node.integrity import is_finite
 from retrieval_node.sessions import Session
 
 _EXACT = Budget(exact=True)
-_AT_ONCE = BuildControl(lambda built, total: None, threading.Event())
 
 
 @dataclass(slots=True)
 class _Part:
-    """What one index is asked for one row, and what it answered. Heads count from the row's."""
+    """What one index is asked for one row, and what it answered; without an index, what `kv` is
+    asked, exactly. Heads count from the row's."""
 
-    index: Index
+    index: Index | None
+    kv: LayerKv
     rows: IndexRows
     first_head: int
-    of_context: bool
     answer: IndexAnswer | None = None
 
 
@@ -115,13 +114,14 @@ def _plan(layer: int, rows: AttendRows, session: Session, context: Context | Non
             shard = served.sealed.shard
             scope = context_scope.intersect(shard.span)
             heads = (shard.kv_head_start, shard.kv_head_stop)
-            _add_part(plan, served.indexes.serving[layer], heads, scope, rows.budget)
+            _add_part(
+                plan, served.indexes.serving[layer], served.sealed.layers[layer], heads, scope
+            )
     if rows.scope.stop > session.record.context_stop:
-        for place, kv in session.tail_view(layer):
-            scope = rows.scope.intersect(kv.positions)
-            if len(scope):
-                heads = (place.kv_head_start, place.kv_head_stop)
-                _add_part(plan, exact_index(kv), heads, scope, _EXACT, of_context=False)
+        for piece in session.tail_view(layer):
+            heads = (piece.place.kv_head_start, piece.place.kv_head_stop)
+            scope = rows.scope.intersect(piece.kv.positions)
+            _add_part(plan, piece.index, piece.kv, heads, scope)
     return plan
 
 
@@ -173,18 +173,8 @@ def _checked(rows: AttendRows, geometry: LayerGeometry) -> tuple[FloatArray, Flo
     return queries, np.asarray(rows.logit_floor, np.float32).reshape(grouped)
 
 
-def exact_index(kv: LayerKv) -> Index:
-    """The exact kind over K and V that may still grow behind the view."""
-    return INDEX_KINDS[FIRST_KIND].build(kv, None, _AT_ONCE)
-
-
 def _add_part(
-    plan: _Plan,
-    index: Index,
-    held_heads: tuple[int, int],
-    scope: Span,
-    budget: Budget,
-    of_context: bool = True,
+    plan: _Plan, index: Index | None, kv: LayerKv, held_heads: tuple[int, int], scope: Span
 ) -> None:
     first = max(plan.rows.kv_head_start, held_heads[0])
     stop = min(plan.rows.kv_head_stop, held_heads[1])
@@ -192,17 +182,23 @@ def _add_part(
         return
     heads = slice(first - plan.rows.kv_head_start, stop - plan.rows.kv_head_start)
     floor = None if plan.floor is None else plan.floor[:, heads]
+    budget = _EXACT if index is None else plan.rows.budget
     rows = IndexRows(plan.queries[:, heads], first - held_heads[0], scope, budget, floor)
-    plan.parts.append(_Part(index, rows, heads.start, of_context))
+    plan.parts.append(_Part(index, kv, rows, heads.start))
 
 
 def _search(parts: Iterable[_Part], scale: float, softcap: float) -> None:
-    by_index: dict[int, list[_Part]] = {}
+    by_index: dict[Index, list[_Part]] = {}
+    whole: list[_Part] = []
     for part in parts:
-        by_index.setdefault(id(part.index), []).append(part)
-    for asked in by_index.values():
-        answers = asked[0].index.attend([part.rows for part in asked], scale, softcap)
+        (whole if part.index is None else by_index.setdefault(part.index, [])).append(part)
+    for index, asked in by_index.items():
+        answers = index.attend([part.rows for part in asked], scale, softcap)
         for part, answer in zip(asked, answers, strict=True):
+            part.answer = answer
+    if whole:
+        each = attend_whole([(part.kv, [part.rows]) for part in whole], scale, softcap)
+        for part, [answer] in zip(whole, each, strict=True):
             part.answer = answer
 
 
@@ -223,7 +219,7 @@ def _merged(plan: _Plan) -> AttendResult:
         covered += rows * part.rows.queries.shape[1] * len(part.rows.scope)
         search_s += answer.search_s
         attend_s += answer.attend_s
-        if part.of_context and part.index.kind not in kinds:
+        if part.index is not None and part.index.kind not in kinds:
             kinds.append(part.index.kind)
     if not partials:
         partials = [empty_partial((rows, heads, group), plan.geometry.value_dim)]

@@ -1,7 +1,8 @@
-"""Indexes of a shard: one that answers at once, and better ones built in the background.
+"""Indexes of a shard or of a chunk of a tail: one that answers at once, and better ones built in
+the background.
 
-A build that fails is given up for good: the shard goes on answering with the index it has, the
-status says why, and nobody has to wait for it any longer.
+A build that fails is given up for good: the index before it goes on answering, the status says
+why, and nobody has to wait for it any longer.
 """
 
 from __future__ import annotations
@@ -16,53 +17,44 @@ from collections.abc import Callable, Mapping
 from longreach.errors import Cancelled, LongreachError
 from longreach.types import IndexStatus, QuerySample
 from retrieval_node.background import lower_priority
-from retrieval_node.index.base import INDEX_KINDS, BuildControl, Index
+from retrieval_node.index.base import INDEX_KINDS, BuildControl, Index, LayerKv
 from retrieval_node.memory import MemoryBudget, Reservation, Use
 from retrieval_node.shard import SealedShard
 
 _LOG = logging.getLogger(__name__)
 FIRST_KIND = "flat"
-"""The kind that answers from the moment of the seal; it needs no build."""
+"""The kind that answers until the first build is done; it needs none."""
 
 OnBuilt = Callable[[int], None]
 """`on_built(layer)`: told on the builder's thread when a layer's index answers."""
 
 
-class ShardIndexes:
-    """The index that answers for each searched layer of a shard, and how its successor fares.
+class LayerIndexes:
+    """The index that answers for each of some layers, and how its successor fares.
 
-    Readers take `serving[layer]` without a lock; a finished build replaces that entry. Query
-    samples are kept until every layer has used its own.
+    Readers take `serving[layer]` without a lock; a finished build replaces that entry. `layers`
+    maps layer number to K and V that never change, `name` says whose they are.
     """
 
-    def __init__(
-        self,
-        sealed: SealedShard,
-        samples: Mapping[int, QuerySample],
-        samples_reservation: Reservation,
-        target_kind: str,
-    ) -> None:
-        self.sealed = sealed
+    def __init__(self, name: str, layers: Mapping[int, LayerKv], target_kind: str) -> None:
+        self.name = name
+        self.layers = dict(layers)
         self.target_kind = target_kind
-        self._samples = dict(samples)
-        self._samples_reservation = samples_reservation
         self.cancelled = threading.Event()
         control = BuildControl(lambda built, total: None, self.cancelled)
         first = INDEX_KINDS[FIRST_KIND]
         self.serving: dict[int, Index] = {
-            layer: first.build(sealed.layers[layer], None, control)
-            for layer in sealed.searched_layers
+            layer: first.build(kv, None, control) for layer, kv in self.layers.items()
         }
-        self._heads = sealed.shard.kv_heads
         needs_build = INDEX_KINDS[target_kind].needs_build
-        self._pending = set(self.serving) if needs_build else set()
-        self._built = dict.fromkeys(self.serving, 0 if needs_build else self._heads)
+        self._pending = set(self.layers) if needs_build else set()
+        self._built = {
+            layer: 0 if needs_build else kv.kv_heads for layer, kv in self.layers.items()
+        }
         self._reservations: list[Reservation] = []
         self._build_cpu_s = 0.0
         self._error = ""
         self._lock = threading.Lock()
-        if not self._pending:
-            self._free_samples()
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -71,9 +63,8 @@ class ShardIndexes:
             return tuple(sorted(self._pending))
 
     def sample(self, layer: int) -> QuerySample | None:
-        """Prefill queries of a layer, when there are some and its build is still to come."""
-        with self._lock:
-            return self._samples.get(layer)
+        """Queries to fit the index of a layer to; none are known here."""
+        return None
 
     def progressed(self, layer: int, heads_built: int) -> None:
         """Notes how many heads of a layer are built."""
@@ -81,11 +72,11 @@ class ShardIndexes:
             self._built[layer] = heads_built
 
     def finished(self, layer: int, index: Index, memory: Reservation, cpu_s: float) -> None:
-        """Lets a built index answer from now on; its memory is freed with the shard."""
+        """Lets a built index answer from now on; its memory is freed by `release`."""
         with self._lock:
             self._reservations.append(memory)
             self._build_cpu_s += cpu_s
-            self._built[layer] = self._heads
+            self._built[layer] = self.layers[layer].kv_heads
             self.serving[layer] = index
             self._settle(layer)
             if self.cancelled.is_set():
@@ -102,9 +93,7 @@ class ShardIndexes:
         """Cancels builds and frees the indexes' memory; returns the bytes freed."""
         self.cancelled.set()
         with self._lock:
-            self._samples.clear()
-            held = [self._samples_reservation, *self._reservations]
-            return sum(reservation.release() for reservation in held)
+            return sum(reservation.release() for reservation in self._reservations)
 
     def status(self) -> IndexStatus:
         """Where the indexes stand; layers of different kinds are joined by "+"."""
@@ -115,7 +104,7 @@ class ShardIndexes:
                 serving_kind=serving,
                 target_kind=serving if done else self.target_kind,
                 built=sum(self._built.values()),
-                total=self._heads * len(self.serving),
+                total=sum(kv.kv_heads for kv in self.layers.values()),
                 bytes=sum(index.index_bytes for index in self.serving.values()),
                 build_cpu_s=self._build_cpu_s,
                 error=self._error,
@@ -123,6 +112,42 @@ class ShardIndexes:
 
     def _settle(self, layer: int) -> None:
         self._pending.discard(layer)
+
+
+class ShardIndexes(LayerIndexes):
+    """The indexes of a sealed shard's searched layers.
+
+    Query samples are kept until every layer has used its own.
+    """
+
+    def __init__(
+        self,
+        sealed: SealedShard,
+        samples: Mapping[int, QuerySample],
+        samples_reservation: Reservation,
+        target_kind: str,
+    ) -> None:
+        layers = {layer: sealed.layers[layer] for layer in sealed.searched_layers}
+        super().__init__(f"shard {sealed.shard.shard_id!r}", layers, target_kind)
+        self._samples = dict(samples)
+        self._samples_reservation = samples_reservation
+        if not self._pending:
+            self._free_samples()
+
+    def sample(self, layer: int) -> QuerySample | None:
+        """Prefill queries of a layer, when there are some and its build is still to come."""
+        with self._lock:
+            return self._samples.get(layer)
+
+    def release(self) -> int:
+        """See LayerIndexes.release; the samples go too."""
+        freed = super().release()
+        with self._lock:
+            self._samples.clear()
+            return freed + self._samples_reservation.release()
+
+    def _settle(self, layer: int) -> None:
+        super()._settle(layer)
         self._samples.pop(layer, None)
         if not self._pending:
             self._free_samples()
@@ -135,15 +160,15 @@ class ShardIndexes:
 class Builder:
     """Builds indexes in background threads of low priority, layer by layer, first come first.
 
-    Queued jobs refer to their shard weakly, and no thread keeps one between jobs: a dropped shard's
-    memory is free at once, however long the queue.
+    Queued jobs refer to their indexes weakly, and no thread keeps them between jobs: the memory of
+    a dropped shard or session is free at once, however long the queue.
     """
 
     def __init__(self, memory: MemoryBudget, kind: str, threads: int) -> None:
         self.kind = kind
         INDEX_KINDS[kind]  # an unknown kind fails at start, not at the first seal
         self._memory = memory
-        self._jobs: queue.SimpleQueue[tuple[weakref.ref[ShardIndexes], int, OnBuilt] | None]
+        self._jobs: queue.SimpleQueue[tuple[weakref.ref[LayerIndexes], int, OnBuilt] | None]
         self._jobs = queue.SimpleQueue()
         self._unfinished = 0
         self._idle = threading.Condition()
@@ -154,8 +179,8 @@ class Builder:
         for thread in self._threads:
             thread.start()
 
-    def start(self, indexes: ShardIndexes, on_built: OnBuilt = lambda layer: None) -> None:
-        """Queues the builds of a shard's layers. `on_built` must not keep the shard alive."""
+    def start(self, indexes: LayerIndexes, on_built: OnBuilt = lambda layer: None) -> None:
+        """Queues the builds of the layers. `on_built` must not keep the indexes alive."""
         layers = indexes.pending
         with self._idle:
             self._unfinished += len(layers)
@@ -195,17 +220,16 @@ class Builder:
                 self._idle.notify_all()
         return True
 
-    def _build(self, indexes: ShardIndexes, layer: int) -> bool:
+    def _build(self, indexes: LayerIndexes, layer: int) -> bool:
         """Whether the layer has its index now."""
-        sealed = indexes.sealed
-        name = f"{self.kind} index of shard {sealed.shard.shard_id!r}, layer {layer}"
+        name = f"{self.kind} index of {indexes.name}, layer {layer}"
         control = BuildControl(
             lambda built, total: indexes.progressed(layer, built), indexes.cancelled
         )
         began = time.thread_time()
         try:
             index = INDEX_KINDS[self.kind].build(
-                sealed.layers[layer], indexes.sample(layer), control
+                indexes.layers[layer], indexes.sample(layer), control
             )
             memory = self._memory.reserve(Use.INDEX, index.index_bytes, name)
         except Cancelled:

@@ -73,6 +73,14 @@ class Reservation:
             self._budget._take(self._use, nbytes, self._what)
             self.nbytes += nbytes
 
+    def shrink(self, nbytes: int) -> None:
+        """Gives `nbytes` of what it has back; nothing once it was released."""
+        with self._lock:
+            if self._released:
+                return
+            self.nbytes -= nbytes
+            self._budget._give_back(self._use, nbytes)
+
     def release(self) -> int:
         """Gives everything back, once; returns the bytes given back."""
         with self._lock:

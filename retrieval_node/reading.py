@@ -35,8 +35,8 @@ def read_blocks(
         for served in context.by_layer.get(layer, ()) if context else ():
             sealed = served.sealed
             yield from _cut(layer, sealed.layers[layer], sealed.shard.kv_head_start, of_context)
-        for place, kv in session.tail_view(layer):
-            yield from _cut(layer, kv, place.kv_head_start, span)
+        for piece in session.tail_view(layer):
+            yield from _cut(layer, piece.kv, piece.place.kv_head_start, span)
 
 
 def _cut(layer: int, kv: LayerKv, kv_head_start: int, span: Span) -> Iterator[KvBlock]:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from longreach.errors import FailedPrecondition, InvalidRequest, NotFound
 from longreach.types import AppendEntry, Identity, LayerGeometry, SessionRecord, storage_dtype
-from retrieval_node.index.base import LayerKv
-from retrieval_node.memory import MemoryBudget, Reservation, Use
-from retrieval_node.tail import SessionTail, TailPlace, stale_epoch
+from retrieval_node.builds import Builder
+from retrieval_node.memory import MemoryBudget
+from retrieval_node.tail import SessionTail, stale_epoch
+from retrieval_node.tail_chunks import TailPiece
+from retrieval_node.tail_places import TailPlace
 
 _HANDLE_BITS = 64
 
@@ -24,6 +26,7 @@ class Session:
         identity: Identity,
         places: Sequence[TailPlace],
         memory: MemoryBudget,
+        builder: Builder,
         now: float,
     ) -> None:
         self.record = record
@@ -35,7 +38,7 @@ class Session:
         self.ended = ""
         self.handles: list[int] = []
         self._memory = memory
-        self._reservation = self._reserve()
+        self._builder = builder
         self.tail = self._fresh_tail(places)
 
     @property
@@ -48,7 +51,7 @@ class Session:
         """The handle that is valid now: the last one given out."""
         return self.handles[-1]
 
-    def tail_view(self, layer: int) -> list[tuple[TailPlace, LayerKv]]:
+    def tail_view(self, layer: int) -> list[TailPiece]:
         """K and V of the tail held now; see SessionTail.view."""
         with self.lock:
             return self.tail.view(layer)
@@ -59,8 +62,7 @@ class Session:
             self.record = record
             self.epoch = record.epoch
             if tuple(places) != self.tail.places:
-                self._reservation.release()
-                self._reservation = self._reserve()
+                self.tail.release()
                 self.tail = self._fresh_tail(places)
 
     def append(self, entry: AppendEntry) -> None:
@@ -73,21 +75,23 @@ class Session:
             self.epoch = entry.epoch
 
     def end(self, why: str) -> int:
-        """Frees the tail; `why` is what later callers are told. Returns the bytes freed."""
+        """Frees the tail and its indexes; `why` is what later callers are told. Returns the bytes
+        freed."""
         with self.lock:
             self.ended = why
+            freed = self.tail.release()
             self.tail = self._fresh_tail(())
-            return self._reservation.release()
+            return freed
 
     def _check_open(self) -> None:
         if self.ended:
             raise NotFound(self.ended, reason="SESSION_ENDED")
 
-    def _reserve(self) -> Reservation:
-        return self._memory.reserve(Use.TAIL, 0, f"tail of session {self.record.session_id!r}")
-
     def _fresh_tail(self, places: Sequence[TailPlace]) -> SessionTail:
-        return SessionTail(self.record.context_stop, self.dtype, places, self._reservation)
+        name = f"tail of session {self.record.session_id!r}"
+        return SessionTail(
+            name, self.record.context_stop, self.dtype, places, self._memory, self._builder
+        )
 
 
 class SessionTable:
@@ -96,8 +100,9 @@ class SessionTable:
     A takeover gives a new handle and keeps the old one only to tell its holder that it is stale.
     """
 
-    def __init__(self, memory: MemoryBudget, clock: Callable[[], float]) -> None:
+    def __init__(self, memory: MemoryBudget, builder: Builder, clock: Callable[[], float]) -> None:
         self._memory = memory
+        self._builder = builder
         self._clock = clock
         self._lock = threading.Lock()
         self._by_handle: dict[int, tuple[Session, int]] = {}
@@ -114,7 +119,9 @@ class SessionTable:
         with self._lock:
             session = self._by_id.get(record.session_id)
             if session is None:
-                session = Session(record, identity, places, self._memory, self._clock())
+                session = Session(
+                    record, identity, places, self._memory, self._builder, self._clock()
+                )
                 self._by_id[record.session_id] = session
                 return self._new_handle(session), session
             if record.epoch < session.epoch:
@@ -142,13 +149,13 @@ class SessionTable:
         return session
 
     def close(self, handle: int) -> int:
-        """Ends a session; returns the bytes of tail freed. Raises as `get` does."""
+        """Ends a session; returns the bytes freed. Raises as `get` does."""
         with self._lock:
             session = self.get(handle)
             return self._end(session, "the session was closed; open it again")
 
     def close_id(self, session_id: str) -> int:
-        """Ends a session by id, if there is one; returns the bytes of tail freed."""
+        """Ends a session by id, if there is one; returns the bytes freed."""
         with self._lock:
             session = self._by_id.get(session_id)
             if session is None:

@@ -37,7 +37,7 @@ from retrieval_node.sessions import Session, SessionTable, check_record
 from retrieval_node.shard import TokenIds, check_geometry
 from retrieval_node.shard_file import LoadedShard
 from retrieval_node.snapshot import Snapshots
-from retrieval_node.tail import tail_places
+from retrieval_node.tail_places import tail_places
 
 _LOG = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Store:
         self._isa = isa
         self._clock = clock
         self._contexts = Contexts(memory, builder.kind, clock)
-        self._sessions = SessionTable(memory, clock)
+        self._sessions = SessionTable(memory, builder, clock)
         self._counters = Counters()
 
     def put(
@@ -170,7 +170,7 @@ class Store:
         return handle, session.tail.stop
 
     def close_session(self, handle: int) -> int:
-        """Ends a session; returns the bytes of tail freed."""
+        """Ends a session; returns the bytes of its tail and the tail's indexes."""
         return self._sessions.close(handle)
 
     def close_session_id(self, session_id: str, capability: bytes) -> int:

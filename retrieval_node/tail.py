@@ -1,55 +1,19 @@
-"""The KV of a session after its context: grows by Append, is attended exactly, moves by Read."""
+"""The KV of a session after its context: which appends it takes, epoch by epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from longreach.errors import FailedPrecondition, InvalidRequest, MalformedTensor, StaleEpoch
-from longreach.types import AppendEntry, KvBlock, LayerGeometry, Shard, Span, StorageArray
-from retrieval_node.index.base import LayerKv
-from retrieval_node.integrity import is_finite, same_bytes
-from retrieval_node.memory import Reservation
-from retrieval_node.shard import check_geometry
-
-_FIRST_CAPACITY = 64
-
-
-@dataclass(frozen=True, slots=True)
-class TailPlace:
-    """KV heads [kv_head_start, kv_head_stop) of a layer, whose tail a node keeps."""
-
-    geometry: LayerGeometry
-    kv_head_start: int
-    kv_head_stop: int
-
-    @property
-    def heads(self) -> int:
-        """Number of KV heads."""
-        return self.kv_head_stop - self.kv_head_start
-
-
-def tail_places(
-    shards: Sequence[Shard], geometry: Sequence[LayerGeometry]
-) -> tuple[TailPlace, ...]:
-    """What the shards of a node ask it to keep of a tail; spans are ignored, repeats are one."""
-    places: dict[tuple[int, int, int], TailPlace] = {}
-    for shard in shards:
-        for layer, each in check_geometry(shard, geometry).items():
-            key = (layer, shard.kv_head_start, shard.kv_head_stop)
-            places[key] = TailPlace(each, shard.kv_head_start, shard.kv_head_stop)
-    ordered = [places[key] for key in sorted(places)]
-    for one, other in pairwise(ordered):
-        if one.geometry.layer == other.geometry.layer and one.kv_head_stop > other.kv_head_start:
-            raise InvalidRequest(
-                f"tail shards overlap: layer {one.geometry.layer} KV heads [{one.kv_head_start}, "
-                f"{one.kv_head_stop}) and [{other.kv_head_start}, {other.kv_head_stop}); a "
-                "position would be attended twice"
-            )
-    return tuple(ordered)
+from longreach.types import AppendEntry, KvBlock, Span, StorageArray
+from retrieval_node.builds import Builder
+from retrieval_node.integrity import is_finite
+from retrieval_node.memory import MemoryBudget
+from retrieval_node.tail_chunks import TailChunks, TailPiece
+from retrieval_node.tail_places import TailPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,56 +25,58 @@ class _Piece:
     keys: StorageArray
     values: StorageArray
 
+    @property
+    def heads(self) -> slice:
+        """Which of the place's heads."""
+        return slice(self.first_head, self.first_head + self.keys.shape[0])
+
 
 class SessionTail:
     """K and V of positions [start, stop) for the layers and KV heads that a node keeps.
 
-    Not thread-safe: the session's lock guards it. Arrays that were handed out never change: growing
-    and truncating replace them, appending writes beyond what was handed out.
+    Not thread-safe: the session's lock guards it. See TailChunks for how it is stored.
     """
 
     def __init__(
         self,
+        name: str,
         start: int,
         dtype: np.dtype[np.generic],
         places: Sequence[TailPlace],
-        memory: Reservation,
+        memory: MemoryBudget,
+        builder: Builder,
     ) -> None:
-        self.start = start
-        self.stop = start
         self.epoch = 0
         self.places = tuple(places)
         self.token_ids: list[int] = []
         self._dtype = dtype
-        self._memory = memory
-        self._capacity = 0
-        self._keys = [np.empty((p.heads, 0, p.geometry.head_dim), dtype) for p in places]
-        self._values = [np.empty((p.heads, 0, p.geometry.value_dim), dtype) for p in places]
+        self._chunks = TailChunks(name, start, dtype, places, memory, builder)
         self.geometry = {place.geometry.layer: place.geometry for place in places}
         self._by_layer: dict[int, list[int]] = {}
         for number, place in enumerate(self.places):
             self._by_layer.setdefault(place.geometry.layer, []).append(number)
 
     @property
-    def span(self) -> Span:
-        """Positions held."""
-        return Span(self.start, self.stop)
+    def start(self) -> int:
+        """The first position: where the context ends."""
+        return self._chunks.start
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers kept, ascending."""
-        return tuple(self._by_layer)
+    def stop(self) -> int:
+        """The position after the last one held."""
+        return self._chunks.stop
 
-    def view(self, layer: int) -> list[tuple[TailPlace, LayerKv]]:
+    def view(self, layer: int) -> list[TailPiece]:
         """K and V held now of a layer; stays as it is when the tail changes later."""
-        held = self.stop - self.start
         return [
-            (
-                self.places[n],
-                LayerKv(self._keys[n][:, :held], self._values[n][:, :held], self.start),
-            )
-            for n in self._by_layer.get(layer, ())
+            piece
+            for number in self._by_layer.get(layer, ())
+            for piece in self._chunks.pieces(number)
         ]
+
+    def release(self) -> int:
+        """Frees the tail and its indexes; returns the bytes freed."""
+        return self._chunks.release()
 
     def append(self, entry: AppendEntry) -> None:
         """Stores new positions.
@@ -125,16 +91,24 @@ class SessionTail:
         self._check_span(span)
         pieces = self._pieces(entry.blocks, span)
         if entry.epoch > self.epoch:
-            self._truncate(entry.start)
+            self._chunks.truncate(entry.start)
+            del self.token_ids[entry.start - self.start :]
             self.epoch = entry.epoch
         repeated = max(0, min(self.stop, span.stop) - span.start)
         self._check_repeats(span.start, pieces, entry.token_ids[:repeated])
         if repeated == len(span):
             return
-        self._grow(span.stop)
-        self._store(span.start + repeated, repeated, pieces)
+        self._chunks.reserve(span.stop)
+        for piece in pieces:
+            self._chunks.store(
+                piece.place,
+                piece.heads,
+                span.start + repeated,
+                piece.keys[:, repeated:],
+                piece.values[:, repeated:],
+            )
         self.token_ids.extend(entry.token_ids[repeated:])
-        self.stop = span.stop
+        self._chunks.extend(span.stop)
 
     def _check_span(self, span: Span) -> None:
         if not len(span) or span.start < self.start:
@@ -160,7 +134,7 @@ class SessionTail:
                 )
         held = [np.zeros(place.heads, np.int64) for place in self.places]
         for piece in pieces:
-            held[piece.place][piece.first_head : piece.first_head + piece.keys.shape[0]] += 1
+            held[piece.place][piece.heads] += 1
         for place, times in zip(self.places, held, strict=True):
             wrong = np.flatnonzero(times != 1)
             if len(wrong):
@@ -194,57 +168,16 @@ class SessionTail:
     ) -> None:
         n = len(token_ids)
         at = start - self.start
-        same = self.token_ids[at : at + n] == list(token_ids)
-        for piece in pieces if n else ():
-            heads = slice(piece.first_head, piece.first_head + piece.keys.shape[0])
-            same = (
-                same
-                and same_bytes(self._keys[piece.place][heads, at : at + n], piece.keys[:, :n])
-                and same_bytes(self._values[piece.place][heads, at : at + n], piece.values[:, :n])
-            )
+        same = self.token_ids[at : at + n] == list(token_ids) and all(
+            self._chunks.same(p.place, p.heads, start, p.keys[:, :n], p.values[:, :n])
+            for p in pieces
+        )
         if not same:
             raise FailedPrecondition(
                 f"positions [{start}, {start + n}) were appended before in epoch {self.epoch} with "
                 "other bytes; take the session over with a newer epoch",
                 reason="CONFLICTING_BYTES",
             )
-
-    def _store(self, position: int, skip: int, pieces: Sequence[_Piece]) -> None:
-        at = position - self.start
-        for piece in pieces:
-            heads = slice(piece.first_head, piece.first_head + piece.keys.shape[0])
-            new = slice(at, at + piece.keys.shape[1] - skip)
-            self._keys[piece.place][heads, new] = piece.keys[:, skip:]
-            self._values[piece.place][heads, new] = piece.values[:, skip:]
-
-    def _grow(self, stop: int) -> None:
-        needed = stop - self.start
-        if needed <= self._capacity:
-            return
-        capacity = max(needed, 2 * self._capacity, _FIRST_CAPACITY)
-        self._memory.grow((capacity - self._capacity) * self._position_bytes)
-        self._replace(capacity, self.stop)
-
-    def _truncate(self, position: int) -> None:
-        """Forgets positions from `position` on; arrays are copied, for readers may hold them."""
-        if position < self.stop:
-            self._replace(self._capacity, position)
-            self.stop = position
-            del self.token_ids[position - self.start :]
-
-    def _replace(self, capacity: int, keep_stop: int) -> None:
-        keep = keep_stop - self.start
-        for arrays in (self._keys, self._values):
-            for number, old in enumerate(arrays):
-                new = np.empty((old.shape[0], capacity, old.shape[2]), self._dtype)
-                new[:, :keep] = old[:, :keep]
-                arrays[number] = new
-        self._capacity = capacity
-
-    @property
-    def _position_bytes(self) -> int:
-        dims = sum(p.heads * (p.geometry.head_dim + p.geometry.value_dim) for p in self.places)
-        return dims * self._dtype.itemsize
 
 
 def stale_epoch(epoch: int, current: int) -> StaleEpoch:

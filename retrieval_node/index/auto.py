@@ -18,7 +18,7 @@ sketch takes about half of exact attention's time, and the advantage shrinks wit
 PREFERRED = ("sketch", "hnsw")
 """Kinds for longer shards, best first; the first that is registered is taken. At 32K and 128K keys,
 structured and hard heads alike, the sketch answered sooner than any graph at every recall, built in
-a hundredth of the time and in a quarter of the memory (`python -m benchmarks.retrieval`)."""
+a hundredth of the time and in a quarter of the memory; at 512K too (docs/adr/0003)."""
 
 
 def kind_for(keys: int) -> str:

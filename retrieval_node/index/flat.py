@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from longreach.types import QuerySample
+from longreach.types import PartialAttention, QuerySample
 from retrieval_node import kernel
 from retrieval_node.index.base import (
     INDEX_KINDS,
@@ -72,25 +72,7 @@ class FlatIndex(Index):
     def _exact(
         self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool
     ) -> list[IndexAnswer]:
-        kv = self._kv
-        started = time.perf_counter()
-        parts = kernel.attend_exact(
-            kv.keys, kv.values, [kernel_rows(rows, kv) for rows in batch], scale, softcap
-        )
-        attend_s = (time.perf_counter() - started) / len(batch)
-        answers = []
-        for rows, partial in zip(batch, parts, strict=True):
-            scope = work_in_scope(rows, kv)
-            work = replace(
-                scope,
-                keys_scanned=scope.keys_in_scope,
-                keys_attended=scope.keys_in_scope,
-                bytes_read=scope.bytes_in_scope,
-            )
-            selected = None
-            if want_selected:
-                selected = every_position(rows.queries, local_scope(rows, kv), kv.start)
-            answers.append(IndexAnswer(partial, work, attend_s=attend_s, selected=selected))
+        [answers] = attend_whole([(self._kv, batch)], scale, softcap, want_selected=want_selected)
         return answers
 
     def _best(
@@ -106,3 +88,46 @@ class FlatIndex(Index):
             want_selected=want_selected,
         )
         return [index_answer(rows, kv, answer) for rows, answer in zip(batch, answers, strict=True)]
+
+
+def attend_whole(
+    asked: Sequence[tuple[LayerKv, Sequence[IndexRows]]],
+    scale: float,
+    softcap: float = 0.0,
+    *,
+    want_selected: bool = False,
+) -> list[list[IndexAnswer]]:
+    """Attention of rows over every key of their scope, whatever their budget says.
+
+    One kernel call however many K/V pairs are asked; answers per pair and entry, in order.
+    """
+    pairs = [
+        kernel.KvRows(kv.keys, kv.values, [kernel_rows(rows, kv) for rows in batch])
+        for kv, batch in asked
+    ]
+    started = time.perf_counter()
+    parts = kernel.attend_exact_pairs(pairs, scale, softcap)
+    share_s = (time.perf_counter() - started) / max(1, sum(len(batch) for _, batch in asked))
+    return [
+        [
+            _whole_answer(rows, kv, partial, share_s, want_selected)
+            for rows, partial in zip(batch, partials, strict=True)
+        ]
+        for (kv, batch), partials in zip(asked, parts, strict=True)
+    ]
+
+
+def _whole_answer(
+    rows: IndexRows, kv: LayerKv, partial: PartialAttention, attend_s: float, want_selected: bool
+) -> IndexAnswer:
+    scope = work_in_scope(rows, kv)
+    work = replace(
+        scope,
+        keys_scanned=scope.keys_in_scope,
+        keys_attended=scope.keys_in_scope,
+        bytes_read=scope.bytes_in_scope,
+    )
+    selected = None
+    if want_selected:
+        selected = every_position(rows.queries, local_scope(rows, kv), kv.start)
+    return IndexAnswer(partial, work, attend_s=attend_s, selected=selected)

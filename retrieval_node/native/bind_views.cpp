@@ -67,8 +67,8 @@ AttentionRows rows_view(const LayerKv& kv, const FloatsIn& queries, int64_t head
           "queries have head_dim " + std::to_string(queries.shape(3)) + " and keys have " +
               std::to_string(kv.keys.dim));
   require(head_start >= 0 && heads <= kv.kv_heads && head_start <= kv.kv_heads - heads,
-          "KV heads [" + std::to_string(head_start) + ", " + std::to_string(head_start + heads) +
-              ") are not all among the " + std::to_string(kv.kv_heads) + " held");
+          std::to_string(heads) + " KV heads from " + std::to_string(head_start) +
+              " on are not all among the " + std::to_string(kv.kv_heads) + " held");
   require(start >= 0 && start <= stop && stop <= kv.count,
           "scope [" + std::to_string(start) + ", " + std::to_string(stop) + ") is not within the " +
               std::to_string(kv.count) + " keys held");
