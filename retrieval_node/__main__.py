@@ -60,6 +60,7 @@ def run(config: NodeConfig) -> None:
     if files is not None and files.identity is not None:
         config = dataclasses.replace(config, node_id=files.identity.member_id)
     store = build_store(config)
+    store.expect_snapshots()  # The server answers before they are read: its health is asked for.
     server, address, readiness = start_server(
         store, config.listen, config.max_streams, files, config.health_listen
     )

@@ -11,7 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
-from longreach.errors import IdentityMismatch, InvalidRequest, LongreachError, PermissionDenied
+from longreach.errors import (
+    IdentityMismatch,
+    InvalidRequest,
+    LongreachError,
+    PermissionDenied,
+    Unavailable,
+)
 from longreach.security import Capability, verify
 from longreach.types import (
     AppendEntry,
@@ -101,6 +107,7 @@ class Store:
         self._snapshots = snapshots
         self._isa = isa
         self._clock = clock
+        self._loading = False
         self._contexts = Contexts(memory, builder.kind, clock)
         self._sessions = SessionTable(memory, builder, clock)
         self._counters = Counters()
@@ -161,6 +168,11 @@ class Store:
         check_record(record)
         check_dtype(identity)
         self._allow_session(capability, record, identity)
+        if self._loading and record.context_id:
+            # A context of several shards is there in part while they are being read.
+            raise Unavailable(
+                "the node is reading its snapshots; ask again when it is ready", retry_after_s=1.0
+            )
         places = tail_places(tail_shards, layers)
         if record.context_id:
             context = self._contexts.get(record.context_id)
@@ -249,9 +261,17 @@ class Store:
 
     def load_snapshots(self) -> int:
         """Serves every intact shard of the snapshot directory; returns how many."""
-        if self._snapshots is None:
-            return 0
-        return self._snapshots.load(self._memory, self._serve_loaded)
+        self.expect_snapshots()
+        try:
+            if self._snapshots is None:
+                return 0
+            return self._snapshots.load(self._memory, self._serve_loaded)
+        finally:
+            self._loading = False
+
+    def expect_snapshots(self) -> None:
+        """Refuses sessions over contexts until `load_snapshots` is done."""
+        self._loading = True
 
     def expire(self, fill_timeout_s: float, session_timeout_s: float) -> None:
         """Drops filling shards and closes sessions that their owners left behind."""

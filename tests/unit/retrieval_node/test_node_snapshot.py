@@ -20,6 +20,7 @@ from node_harness import (
 )
 from safetensors import safe_open
 
+from longreach.errors import Unavailable
 from longreach.types import QuerySample, Span
 from retrieval_node.memory import MemoryBudget
 from retrieval_node.shard_file import read_shard
@@ -64,6 +65,27 @@ def test_a_restarted_node_serves_what_it_had_sealed(tmp_path, dtype):
     (result,) = second.attend(1, [rows], SCALE, 0.0).results
     expected = sequence.reference(1, rows.queries, Span(0, 40))
     np.testing.assert_allclose(result.partial.output, expected.output, atol=1e-4)
+
+
+def test_no_session_opens_over_a_context_while_snapshots_are_read(tmp_path):
+    sequence = Sequence(40)
+    saved(tmp_path, sequence)
+    node = make_store(snapshot_dir=tmp_path)
+    node.expect_snapshots()
+    with pytest.raises(Unavailable, match="reading its snapshots") as refused:
+        open_session(node, sequence, 40)
+    assert refused.value.retry_after_s
+    assert node.load_snapshots() == 1
+    open_session(node, sequence, 40)
+
+
+def test_a_node_without_snapshots_is_not_kept_waiting_for_them(tmp_path):
+    node = make_store()
+    node.expect_snapshots()
+    assert node.load_snapshots() == 0
+    sequence = Sequence(40)
+    put(node, sequence, sequence.shard())
+    open_session(node, sequence, 40)
 
 
 def test_filling_shards_and_tails_are_not_kept(tmp_path):
