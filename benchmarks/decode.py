@@ -117,7 +117,9 @@ class RetrievalMethod:
         self._node.start()
         self._node.wait_announced(time.monotonic() + 60)
         self._model = prepare_model(random_llama(), "random-llama", torch.device("cpu"))
-        self._engine = Engine(self._model, WorkerConfig(model="random-llama", max_sessions=1))
+        # The KV is made up, not prefilled; its identity is that of a dense prefill.
+        config = WorkerConfig(model="random-llama", max_sessions=1, prefill_pattern="dense")
+        self._engine = Engine(self._model, config)
         self._engine.start()
         self.index_ready_s = self._load(keys, values)
         self._tokens = keys.shape[2]
