@@ -49,6 +49,23 @@ class LayerCall:
     sliding_window: int = 0
     sinks: torch.Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sliding_window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> LayerCall:
+        """From what transformers passes to an attention function; None is what it leaves out."""
+        return cls(
+            scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+            softcap=float(softcap or 0.0),
+            sliding_window=int(sliding_window or 0),
+            sinks=sinks,
+        )
+
 
 class Attender(Protocol):
     """Attends the keys it was handed by `Cache.update`."""
@@ -86,12 +103,7 @@ def registered_attention(
             f"{type(module).__name__} changed the keys after the cache returned them; "
             "this model cannot be served"
         )
-    call = LayerCall(
-        scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
-        softcap=float(softcap or 0.0),
-        sliding_window=int(sliding_window or 0),
-        sinks=s_aux,
-    )
+    call = LayerCall.of(query, scaling, softcap, sliding_window, s_aux)
     return attender.attend(query[0], call)[None].to(query.dtype), None
 
 

@@ -48,12 +48,7 @@ def attached_attention(
     Rows of padding are zero. Raises InvalidRequest for a mask with holes, Internal where the model
     did not pass on the keys that the cache returned.
     """
-    call = LayerCall(
-        scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
-        softcap=float(softcap or 0.0),
-        sliding_window=int(sliding_window or 0),
-        sinks=s_aux,
-    )
+    call = LayerCall.of(query, scaling, softcap, sliding_window, s_aux)
     layer = layer_of(key)
     if layer is None and not call.sliding_window:
         raise Internal(

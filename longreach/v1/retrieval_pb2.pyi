@@ -336,7 +336,7 @@ class CloseSessionResponse(_message.Message):
 
     BYTES_FREED_FIELD_NUMBER: _builtins.int
     bytes_freed: _builtins.int
-    """Bytes of tail freed."""
+    """Bytes freed: the session's tail and the indexes over it."""
     def __init__(
         self,
         *,
