@@ -41,7 +41,8 @@ $(VENV)/packages: pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt torch
 	# CUDA builds of torch bring their own Triton; elsewhere its interpreter runs the kernels in tests.
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --quiet triton==3.7.1
-	$(PIP) install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja
+	# What the kernel and hnswlib (sources only on PyPI) build with: without build isolation it must be here first.
+	$(PIP) install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja setuptools numpy pybind11
 	@touch $@
 
 $(VENV)/installed: $(VENV)/packages $(NATIVE)
