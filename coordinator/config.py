@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator.kubernetes.settings import KubernetesSettings
 from longreach.config import setting
 from longreach.errors import InvalidRequest
 from longreach.security.tls import TlsSettings
@@ -11,7 +12,7 @@ from longreach.types import Budget
 
 
 @dataclass(frozen=True)
-class CoordinatorConfig(TlsSettings):
+class CoordinatorConfig(KubernetesSettings, TlsSettings):
     """Coordinator: the public API, contexts, sessions and the decode loop."""
 
     listen: str = setting(
@@ -96,6 +97,7 @@ class CoordinatorConfig(TlsSettings):
         if self.index_reserve < 0:
             raise InvalidRequest(f"index_reserve is {self.index_reserve}; it must be 0 or more")
         self.budget()
+        self.check_kubernetes()
 
     @property
     def name(self) -> str:

@@ -163,6 +163,14 @@ class Contexts:
         """How many contexts there are, in any state."""
         return len(self._book.records)
 
+    def leads(self) -> bool:
+        """Whether this coordinator leads now."""
+        return bool(self._book.epoch())
+
+    def refused_bytes(self) -> int:
+        """What the largest context lacked that was refused for want of memory since last asked."""
+        return self._filling.refusals.take()
+
     async def views(self) -> list[ContextView]:
         """Every context of the tenant with the progress of its index, newest first."""
         own = [r for r in self._book.records.values() if r.identity.tenant == self.tenant]
