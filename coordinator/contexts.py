@@ -40,7 +40,7 @@ from coordinator.settling import Settling
 from coordinator.sweeper import Sweeper
 from longreach.errors import Aborted, FailedPrecondition, LongreachError, Unavailable
 from longreach.steps import ModelInfo
-from longreach.types import Identity, ShardMap, Span, storage_dtype
+from longreach.types import Identity, SessionInventory, ShardMap, Span, storage_dtype
 
 STORE_ATTEMPTS = 3
 
@@ -87,7 +87,7 @@ class Contexts:
         models: Models,
         config: CoordinatorConfig,
         on_delete: Callable[[str, LongreachError], Awaitable[None]],
-        on_sessions: Callable[[list[str]], None],
+        on_sessions: Callable[[list[SessionInventory]], None],
     ) -> None:
         self._cluster = cluster
         self._models = models

@@ -39,6 +39,7 @@ from longreach.rpc.tls import ChannelTls
 from longreach.rpc.worker import WorkerClient
 from longreach.security.peers import PeerIdentity, Role
 from longreach.security.tls import TlsFiles
+from longreach.types import SessionInventory
 
 TICK_S = 0.5
 RECHECK_TICKS = 10
@@ -106,7 +107,13 @@ class Coordinator:
             on_sessions=self._sessions_found,
         )
         self.sessions = Sessions(
-            self._cluster, self._driver, self.contexts, self._models, config, self._worker_lost
+            self._cluster,
+            self._driver,
+            self.contexts,
+            self._models,
+            config,
+            self._worker_lost,
+            self._close_orphans,
         )
         self._tasks: set[asyncio.Task[None]] = set()
         if self._kubernetes is not None:
@@ -212,9 +219,9 @@ class Coordinator:
             await asyncio.sleep(TICK_S)
             ticks += 1
             self._apply(Tick())
+            self._close_orphans()
             if ticks % RECHECK_TICKS == 0:
                 self._spawn(self.contexts.settling.recheck())
-                self._close_orphans()
 
     async def _announce_readiness(self) -> None:
         """Ready once a worker and a node are alive, until draining begins."""
@@ -224,8 +231,8 @@ class Coordinator:
             self._ready = ready
             await self._on_ready(ready)
 
-    def _sessions_found(self, session_ids: list[str]) -> None:
-        self.sessions.orphans.report(session_ids)
+    def _sessions_found(self, sessions: list[SessionInventory]) -> None:
+        self.sessions.orphans.report(sessions)
         self._close_orphans()
 
     def _close_orphans(self) -> None:
