@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from longreach.errors import Internal, InvalidRequest, LongreachError
+from longreach.errors import Internal, InvalidRequest, LongreachError, Unavailable
 from longreach.types import (
     STORAGE_DTYPES,
     AttendResult,
@@ -238,10 +239,13 @@ def attend_response(
         else:
             outputs.append(result.partial.output.reshape(rows * q_heads, value_dim))
             lses.append(result.partial.lse.reshape(rows * q_heads))
+    output = outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
+    lse = lses[0] if len(lses) == 1 else np.concatenate(lses)
     return retrieval_pb2.AttendResponse(
         request_id=request_id,
-        outputs=tensor_to_proto(outputs[0] if len(outputs) == 1 else np.concatenate(outputs)),
-        lse=tensor_to_proto(lses[0] if len(lses) == 1 else np.concatenate(lses)),
+        outputs=tensor_to_proto(output),
+        lse=tensor_to_proto(lse),
+        checksum=_checksum(output, lse),
         results=[_result_to_proto(result) for result in results],
         timing=retrieval_pb2.AttendTiming(
             queue_us=microseconds(timing.queue_s),
@@ -266,7 +270,8 @@ def attend_results_from_proto(
     """One result or error for each entry of the request, whose shapes were (rows, q_heads).
 
     A message that was refused as a whole gives its error for every entry. Raises Internal when the
-    reply does not have the request's entries.
+    reply does not have the request's entries, and Unavailable when its numbers were damaged on the
+    way: another copy of the shard can be asked then.
     """
     if response.HasField("error"):
         return [error_from_proto(response.error) for _ in shapes]
@@ -280,6 +285,12 @@ def attend_results_from_proto(
         response.outputs, name="outputs", shape=(queries, None), dtype=_FLOAT32
     )
     lse = tensor_from_proto(response.lse, name="lse", shape=(queries,), dtype=_FLOAT32)
+    if response.HasField("checksum") and response.checksum != _checksum(outputs, lse):
+        raise Unavailable(
+            f"reply {response.request_id} of {queries} queries does not have the checksum that the "
+            "node gave it; where this repeats, the memory of the node or the worker is faulty",
+            reason="DAMAGED_REPLY",
+        )
     results: list[AttendResult | LongreachError] = []
     taken = 0
     for msg, (rows, q_heads) in zip(response.results, shapes, strict=True):
@@ -295,6 +306,12 @@ def attend_results_from_proto(
             results.append(AttendResult(partial, work, msg.index_kind))
         taken = stop
     return results
+
+
+def _checksum(outputs: FloatArray, lse: FloatArray) -> int:
+    """CRC-32 of both arrays' bytes."""
+    first = zlib.crc32(np.ascontiguousarray(outputs).data)
+    return zlib.crc32(np.ascontiguousarray(lse).data, first)
 
 
 def node_timing_from_proto(response: retrieval_pb2.AttendResponse) -> NodeTiming:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longreach import wire
-from longreach.errors import Internal, InvalidRequest, MalformedTensor, NotFound
+from longreach.errors import Internal, InvalidRequest, MalformedTensor, NotFound, Unavailable
 from longreach.types import (
     BFLOAT16,
     AttendResult,
@@ -203,6 +203,22 @@ def test_replies_that_do_not_answer_the_request_are_refused():
         wire.attend_results_from_proto(response, [(1, 6), (1, 6)])
     with pytest.raises(MalformedTensor, match="outputs"):
         wire.attend_results_from_proto(response, [(3, 6)])
+
+
+@pytest.mark.parametrize("field", ["outputs", "lse"])
+def test_any_flipped_bit_of_a_reply_is_found_out(field):
+    rows = rows_of()
+    sound = wire.attend_response(1, [result_of(rows)], [(2, 6, 5)], NodeTiming())
+    tensor = getattr(sound, field)
+    for bit in range(8 * len(tensor.data)):
+        response = retrieval_pb2.AttendResponse.FromString(sound.SerializeToString())
+        data = bytearray(tensor.data)
+        data[bit // 8] ^= 1 << (bit % 8)
+        getattr(response, field).data = bytes(data)
+        with pytest.raises(Unavailable, match="checksum") as caught:
+            wire.attend_results_from_proto(response, [(2, 6)])
+        assert caught.value.reason == "DAMAGED_REPLY"
+    assert wire.attend_results_from_proto(sound, [(2, 6)])
 
 
 def test_results_and_shapes_must_pair_up_when_encoded():
