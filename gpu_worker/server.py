@@ -76,9 +76,7 @@ class WorkerServer(WorkerServiceServicer):
         self, request: pb.WorkerServiceCloseSessionRequest, context: grpc.ServicerContext
     ) -> pb.WorkerServiceCloseSessionResponse:
         """Ends a session here and, when asked, on its nodes."""
-        was_open = self._engine.close_session(
-            request.session_id, request.close_on_nodes, request.epoch
-        )
+        was_open = self._engine.close_session(request.session_id, request.close_on_nodes)
         return pb.WorkerServiceCloseSessionResponse(was_open=was_open)
 
     @map_errors

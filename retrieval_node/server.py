@@ -99,9 +99,7 @@ class RetrievalServer(RetrievalServiceServicer):
     ) -> pb.CloseSessionResponse:
         """Ends a session."""
         if request.session_id:
-            freed = self._store.close_session_id(
-                request.session_id, request.capability, request.epoch
-            )
+            freed = self._store.close_session_id(request.session_id, request.capability)
         else:
             freed = self._store.close_session(request.handle)
         return pb.CloseSessionResponse(bytes_freed=freed)
@@ -170,11 +168,10 @@ class RetrievalServer(RetrievalServiceServicer):
         self, request: pb.InventoryRequest, context: grpc.ServicerContext
     ) -> pb.InventoryResponse:
         """Everything the node holds."""
-        shards, sessions = self._store.inventory(request.context_id)
+        shards, session_ids = self._store.inventory(request.context_id)
         return pb.InventoryResponse(
             shards=[wire.shard_inventory_to_proto(each) for each in shards],
-            session_ids=[each.session_id for each in sessions],
-            sessions=[wire.session_inventory_to_proto(each) for each in sessions],
+            session_ids=session_ids,
         )
 
     @map_errors

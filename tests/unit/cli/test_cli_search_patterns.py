@@ -13,7 +13,7 @@ from gpu_worker.model import load_model
 from gpu_worker.patterns.per_head import MInference
 from gpu_worker.patterns.spec import pattern_for_model
 from longreach.cli.__main__ import main
-from tests.conftest import save_byte_tokenizer
+from tests.tiny_models import save_byte_tokenizer
 from tests.unit.gpu_worker.worker_models import random_module
 
 SMALL = ["--tokens", "1024", "--chunk-rows", "256", "--chunks", "2", "--repeats", "1"]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from evaluation.encoding import Encoder
 from evaluation.tasks.base import Sources
-from tests.conftest import save_byte_tokenizer
+from tests.tiny_models import save_byte_tokenizer
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
 ENCODERS = ("demo", "bytes", "pieces")

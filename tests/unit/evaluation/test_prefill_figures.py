@@ -20,7 +20,7 @@ from gpu_worker.pattern_search.capture import LayerTensors
 from gpu_worker.pattern_search.measuring import LayerMeter
 from gpu_worker.patterns.a_shape import AShape
 from gpu_worker.patterns.reference import selection_mask
-from tests.conftest import save_byte_tokenizer
+from tests.tiny_models import save_byte_tokenizer
 from tests.unit.gpu_worker.worker_models import random_module
 
 

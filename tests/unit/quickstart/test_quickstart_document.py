@@ -11,7 +11,7 @@ from longreach.errors import InvalidRequest
 from longreach.quickstart.document import DISTRACTORS, FACTS, Document, build_document, hide
 from models.prose import prose_text
 from models.tasks import Sampler, needle, passkey
-from tests.conftest import save_byte_tokenizer
+from tests.tiny_models import save_byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Faults on a cluster of real processes: stories (`stories.txt`) and seeded chaos (`chaos.py`)."""
