@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from longreach.errors import ResourceExhausted, Unavailable
@@ -22,9 +22,14 @@ class WorkerSlots:
 
 
 def choose_worker(
-    workers: Sequence[WorkerSlots], running: Mapping[str, int], identity: Identity, prefer: str
+    workers: Sequence[WorkerSlots],
+    running: Mapping[str, int],
+    identity: Identity,
+    prefer: str,
+    avoid: Collection[str] = (),
 ) -> str | None:
-    """The preferred worker if it has a free slot, else the one with the most free; None if none."""
+    """The preferred worker if it has a free slot, else the one with the most free, one of `avoid`
+    only where there is no other; None if none."""
     free = {
         worker.worker_id: worker.max_sessions - running.get(worker.worker_id, 0)
         for worker in workers
@@ -32,14 +37,17 @@ def choose_worker(
     }
     if free.get(prefer, 0) > 0:
         return prefer
-    best = max(free, key=lambda worker_id: free[worker_id], default=None)
-    return best if best is not None and free[best] > 0 else None
+    with_room = [worker_id for worker_id, slots in free.items() if slots > 0]
+    return max(
+        with_room, key=lambda worker_id: (worker_id not in avoid, free[worker_id]), default=None
+    )
 
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
     identity: Identity
     prefer: str
+    avoid: Collection[str]
     slot: asyncio.Future[str]
 
 
@@ -95,8 +103,25 @@ class Admission:
         The caller gives it back with `release`, whatever happens.
         """
         self.check()
-        waiting = _Waiting(identity, prefer, asyncio.get_running_loop().create_future())
-        self._queue.append(waiting)
+        return await self._wait(identity, prefer, (), self._queue.append)
+
+    async def acquire_again(
+        self, identity: Identity, prefer: str, avoid: Collection[str] = ()
+    ) -> str:
+        """The same for a generation that lost its worker: it was admitted, so it goes before all
+        who wait, also while the coordinator drains. Workers to `avoid` are a last resort."""
+        return await self._wait(identity, prefer, avoid, self._queue.appendleft)
+
+    async def _wait(
+        self,
+        identity: Identity,
+        prefer: str,
+        avoid: Collection[str],
+        enqueue: Callable[[_Waiting], None],
+    ) -> str:
+        slot = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(identity, prefer, avoid, slot)
+        enqueue(waiting)
         self.grant()
         try:
             return await waiting.slot
@@ -121,7 +146,9 @@ class Admission:
             if waiting.slot.done():
                 self._queue.remove(waiting)
                 continue
-            worker_id = choose_worker(workers, self._running, waiting.identity, waiting.prefer)
+            worker_id = choose_worker(
+                workers, self._running, waiting.identity, waiting.prefer, waiting.avoid
+            )
             if worker_id is not None:
                 self._queue.remove(waiting)
                 self._running[worker_id] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator.kubernetes.settings import KubernetesSettings
 from longreach.config import setting
 from longreach.errors import InvalidRequest
 from longreach.security.tls import TlsSettings
@@ -11,7 +12,7 @@ from longreach.types import Budget
 
 
 @dataclass(frozen=True)
-class CoordinatorConfig(TlsSettings):
+class CoordinatorConfig(KubernetesSettings, TlsSettings):
     """Coordinator: the public API, contexts, sessions and the decode loop."""
 
     listen: str = setting(
@@ -75,6 +76,11 @@ class CoordinatorConfig(TlsSettings):
     drain_grace_s: float = setting(
         30.0, "Seconds that running generations may go on after SIGTERM."
     )
+    failover_patience_s: float = setting(
+        30.0,
+        "Seconds that a generation which lost its worker or its nodes waits for others before it "
+        "fails; time for a worker that restarts.",
+    )
     exit_with_parent: bool = setting(False, "Exit when the parent process is gone.")
 
     def __post_init__(self) -> None:
@@ -93,9 +99,14 @@ class CoordinatorConfig(TlsSettings):
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_waiting < 0:
             raise InvalidRequest(f"max_waiting is {self.max_waiting}; it must be 0 or more")
+        if self.failover_patience_s < 0:
+            raise InvalidRequest(
+                f"failover_patience_s is {self.failover_patience_s}; it must be 0 or more"
+            )
         if self.index_reserve < 0:
             raise InvalidRequest(f"index_reserve is {self.index_reserve}; it must be 0 or more")
         self.budget()
+        self.check_kubernetes()
 
     @property
     def name(self) -> str:

@@ -40,7 +40,7 @@ from coordinator.settling import Settling
 from coordinator.sweeper import Sweeper
 from longreach.errors import Aborted, FailedPrecondition, LongreachError, Unavailable
 from longreach.steps import ModelInfo
-from longreach.types import Identity, ShardMap, Span, storage_dtype
+from longreach.types import Identity, SessionInventory, ShardMap, Span, storage_dtype
 
 STORE_ATTEMPTS = 3
 
@@ -87,7 +87,7 @@ class Contexts:
         models: Models,
         config: CoordinatorConfig,
         on_delete: Callable[[str, LongreachError], Awaitable[None]],
-        on_sessions: Callable[[list[str]], None],
+        on_sessions: Callable[[list[SessionInventory]], None],
     ) -> None:
         self._cluster = cluster
         self._models = models
@@ -162,6 +162,14 @@ class Contexts:
     def count(self) -> int:
         """How many contexts there are, in any state."""
         return len(self._book.records)
+
+    def leads(self) -> bool:
+        """Whether this coordinator leads now."""
+        return bool(self._book.epoch())
+
+    def refused_bytes(self) -> int:
+        """What the largest context lacked that was refused for want of memory since last asked."""
+        return self._filling.refusals.take()
 
     async def views(self) -> list[ContextView]:
         """Every context of the tenant with the progress of its index, newest first."""

@@ -30,6 +30,7 @@ from coordinator.cluster import (
 from coordinator.config import CoordinatorConfig
 from coordinator.contexts import Contexts
 from coordinator.driver import Driver, NodePeer, WorkerPeer
+from coordinator.kubernetes.integration import KubernetesIntegration
 from coordinator.models import Models
 from coordinator.sessions import Sessions
 from longreach.errors import LongreachError, Unavailable
@@ -38,6 +39,7 @@ from longreach.rpc.tls import ChannelTls
 from longreach.rpc.worker import WorkerClient
 from longreach.security.peers import PeerIdentity, Role
 from longreach.security.tls import TlsFiles
+from longreach.types import SessionInventory
 
 TICK_S = 0.5
 RECHECK_TICKS = 10
@@ -82,7 +84,10 @@ class Coordinator:
         self._ready = False
         self._draining = False
         self._cluster = Cluster()
+        self._kubernetes = KubernetesIntegration(config) if config.uses_kubernetes else None
         self._catalog = catalog or _open_catalog(config)
+        if self._kubernetes is not None:
+            self._catalog = self._kubernetes.elects(self._catalog)
         self._driver = Driver(
             self._address_of,
             config.cluster_secret.encode(),
@@ -102,18 +107,33 @@ class Coordinator:
             on_sessions=self._sessions_found,
         )
         self.sessions = Sessions(
-            self._cluster, self._driver, self.contexts, self._models, config, self._worker_lost
+            self._cluster,
+            self._driver,
+            self.contexts,
+            self._models,
+            config,
+            self._worker_lost,
+            self._close_orphans,
         )
         self._tasks: set[asyncio.Task[None]] = set()
+        if self._kubernetes is not None:
+            self._kubernetes.hints(self._pod_gone)
+            self._kubernetes.scales(
+                self._cluster.members, self.contexts.leads, self.contexts.refused_bytes
+            )
 
     async def start(self) -> None:
         """Loads the catalog and begins to watch the clock."""
         await self.contexts.start()
         self._spawn(self._watch_clock())
         self._spawn(self.contexts.following.run())
+        if self._kubernetes is not None:
+            self._kubernetes.start()
 
     def heartbeat(self, report: Heartbeat) -> int:
         """Takes a member's report; returns the membership epoch."""
+        if not report.zone and self._kubernetes is not None:
+            report = dataclasses.replace(report, zone=self._kubernetes.zone(report.member_id))
         self._apply(report)
         return self._cluster.epoch
 
@@ -152,6 +172,8 @@ class Coordinator:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._kubernetes is not None:
+            await self._kubernetes.close()
         await self.contexts.close()
         await self._driver.close()
         await self._catalog.close()
@@ -182,6 +204,10 @@ class Coordinator:
             self._spawn(settling.node_up(action.member_id) if is_node else settling.settle())
             self._close_orphans()
 
+    def _pod_gone(self, member_id: str) -> None:
+        """A hint: suspect until its heartbeat says otherwise."""
+        self._apply(Unreachable(member_id))
+
     def _worker_lost(self, worker_id: str, error: LongreachError) -> None:
         if isinstance(error, Unavailable):
             self._driver.renew(worker_id)
@@ -193,9 +219,9 @@ class Coordinator:
             await asyncio.sleep(TICK_S)
             ticks += 1
             self._apply(Tick())
+            self._close_orphans()
             if ticks % RECHECK_TICKS == 0:
                 self._spawn(self.contexts.settling.recheck())
-                self._close_orphans()
 
     async def _announce_readiness(self) -> None:
         """Ready once a worker and a node are alive, until draining begins."""
@@ -205,8 +231,8 @@ class Coordinator:
             self._ready = ready
             await self._on_ready(ready)
 
-    def _sessions_found(self, session_ids: list[str]) -> None:
-        self.sessions.orphans.report(session_ids)
+    def _sessions_found(self, sessions: list[SessionInventory]) -> None:
+        self.sessions.orphans.report(sessions)
         self._close_orphans()
 
     def _close_orphans(self) -> None:

@@ -24,6 +24,7 @@ from longreach.types import (
     Budget,
     Identity,
     NodeStats,
+    SessionInventory,
     SessionRecord,
     ShardInventory,
     ShardMap,
@@ -70,8 +71,8 @@ class WorkerPeer(Peer, Protocol):
     ) -> tuple[int, int]:
         """Makes a session ready; returns (next position, resident bytes)."""
 
-    async def close_session(self, session_id: str, close_on_nodes: bool) -> bool:
-        """Ends a session."""
+    async def close_session(self, session_id: str, close_on_nodes: bool, epoch: int = 0) -> bool:
+        """Ends a session, unless it is open under a newer epoch."""
 
     async def step(self, rows: Sequence[StepRow]) -> StepOutcome:
         """Runs one decode step."""
@@ -86,10 +87,12 @@ class NodePeer(Peer, Protocol):
     async def drop(self, context_id: str, capability: bytes) -> int:
         """Forgets a context; returns bytes freed."""
 
-    async def close_session(self, session_id: str, capability: bytes) -> int:
-        """Ends a session by id; returns bytes freed."""
+    async def close_session(self, session_id: str, capability: bytes, epoch: int = 0) -> int:
+        """Ends a session by id, unless its epoch is newer; returns bytes freed."""
 
-    async def inventory(self, context_id: str = "") -> tuple[list[ShardInventory], list[str]]:
+    async def inventory(
+        self, context_id: str = ""
+    ) -> tuple[list[ShardInventory], list[SessionInventory]]:
         """Shards held and sessions open."""
 
     async def stats(self) -> NodeStats:
@@ -157,12 +160,13 @@ class Driver:
         )
         return security.sign(capability, self._secret)
 
-    async def close_on_node(self, node_id: str, session_id: str) -> int:
-        """Ends a session by id on a node, without its worker; returns the bytes freed."""
+    async def close_on_node(self, node_id: str, session_id: str, epoch: int = 0) -> int:
+        """Ends a session by id on a node, without its worker, unless it was taken over since
+        `epoch`; returns the bytes freed."""
         expires = time.time() + CAPABILITY_TTL_S
         capability = security.Capability("close", "", "", expires, session_id)
         signed = security.sign(capability, self._secret)
-        return await self.node(node_id).close_session(session_id, signed)
+        return await self.node(node_id).close_session(session_id, signed, epoch)
 
     async def drop(self, context_id: str, tenant: str, node_ids: Iterable[str]) -> Dropped:
         """Drops a context on several nodes at once; nodes that do not answer are named."""
@@ -178,10 +182,12 @@ class Driver:
         )
         return Dropped(sum(a for a in answers if isinstance(a, int)), failed)
 
-    async def inventory(self, node_id: str) -> tuple[list[ShardInventory], list[str]] | None:
+    async def inventory(
+        self, node_id: str
+    ) -> tuple[list[ShardInventory], list[SessionInventory]] | None:
         """Every shard and every session of a node; None when it does not answer."""
 
-        async def ask() -> tuple[list[ShardInventory], list[str]]:
+        async def ask() -> tuple[list[ShardInventory], list[SessionInventory]]:
             return await self.node(node_id).inventory()
 
         answer = await _answer(ask())

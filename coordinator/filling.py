@@ -18,11 +18,11 @@ from coordinator.fill import Fill
 from coordinator.holdings import Holdings, without_tenant
 from coordinator.placement.base import ClusterView, ContextToPlace, bytes_by_node
 from coordinator.placement.planner import place
-from coordinator.room import Promise, cluster_view
+from coordinator.room import Promise, Refusals, cluster_view
 from coordinator.sweeper import Sweeper
 from longreach.errors import Internal, LongreachError, ResourceExhausted, Unavailable
 from longreach.steps import PrefillSummary
-from longreach.types import Identity
+from longreach.types import Identity, ShardMap
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class Filling:
         self._prefills: Counter[str] = Counter()
         self._prefill_turns: dict[str, asyncio.Lock] = {}
         self._closed = ""
+        self.refusals = Refusals()
 
     def __contains__(self, context_id: str) -> bool:
         return context_id in self._fills
@@ -97,7 +98,7 @@ class Filling:
                 retry_after_s=5.0,
             )
         context_id = order.to_place.context_id
-        shard_map = place(order.to_place, self.view(), order.policy, self._index_reserve)
+        shard_map = self._place(order)
         record = ContextRecord(
             context_id=context_id,
             name=order.name,
@@ -115,6 +116,15 @@ class Filling:
         fill = self._fills[context_id] = Fill(record, self.abandon)
         fill.task = asyncio.create_task(self._run(fill, order.token_ids, stale))
         return fill
+
+    def _place(self, order: Order) -> ShardMap:
+        view = self.view()
+        try:
+            return place(order.to_place, view, order.policy, self._index_reserve)
+        except ResourceExhausted:
+            needed_bytes = order.to_place.room_bytes * (1 + self._index_reserve)
+            self.refusals.note(int(needed_bytes), view)
+            raise
 
     def abandon(self, fill: Fill) -> None:
         """Nobody waits for this context any more: stops its prefill and drops everything."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from coordinator.stop_texts import StopTexts
 from coordinator.tokenizer import Detokenizer
+from longreach.errors import Internal
 from longreach.steps import StepRow, StepRowResult, StepTiming
-from longreach.types import WorkFigures
+from longreach.types import BOUNDARY_TOKENS, WorkFigures
 
 
 class FinishReason(enum.Enum):
@@ -42,6 +43,7 @@ class Figures:
     work: WorkFigures = field(default_factory=WorkFigures)
     prompt_work: WorkFigures = field(default_factory=WorkFigures)
     coverage: float = 1.0
+    hedged_requests: int = 0
 
     def add_step(self, timing: StepTiming) -> None:
         """Counts a step in which the generation had a row."""
@@ -57,7 +59,8 @@ class Generation:
     """The tokens of one session.
 
     `position` is where the next row starts. `detokenizer` is None when no text is wanted or no
-    tokenizer is at hand; tokens then carry empty texts and stop texts cannot be given.
+    tokenizer is at hand; tokens then carry empty texts and stop texts cannot be given. `generated`
+    are tokens that the client has from an earlier attempt.
     """
 
     def __init__(
@@ -71,19 +74,48 @@ class Generation:
         stop_texts: tuple[str, ...] = (),
         top_logprobs: int = 0,
         detokenizer: Detokenizer | None = None,
+        generated: tuple[int, ...] = (),
     ) -> None:
         self.session_id = session_id
         self.position = position
+        self.recomputed_tokens = 0
         self.figures = Figures()
         self.finish_reason: FinishReason | None = None
         self.tokens = 0
-        self._pending = question
+        self._start = position
+        self._question_stop = position + len(question)
+        self._ids = [*question, *generated]
+        self._pending = tuple(self._ids)
+        self._window = 0
         self._decoding = False
         self._max_tokens = max_tokens
         self._stop_ids = frozenset(stop_ids)
         self._top_logprobs = top_logprobs
         self._detokenizer = detokenizer
         self._stop = StopTexts(stop_texts)
+        for token_id in generated:
+            self.tokens += 1
+            self._read(token_id)
+
+    @property
+    def generated_ids(self) -> tuple[int, ...]:
+        """Tokens generated so far."""
+        return tuple(self._ids[self._question_stop - self._start :])
+
+    def stand_at(self, stop: int, window: int = 0) -> None:
+        """Goes on at position `stop`, up to which the session's nodes hold its KV: what was fed
+        beyond it is fed again. `window` is the worker's window in tokens."""
+        last = self._start + len(self._ids) - 1
+        if not self._start <= stop <= last:
+            raise Internal(
+                f"session {self.session_id} was opened at position {stop}; its tokens are at "
+                f"[{self._start}, {last + 1}) and the last one is yet to be fed"
+            )
+        self.recomputed_tokens += max(0, self.position - stop)
+        self.position = stop
+        self._pending = tuple(self._ids[stop - self._start :])
+        self._window = window
+        self._decoding = self.tokens > 0 and len(self._pending) == 1
 
     @property
     def decoding(self) -> bool:
@@ -92,7 +124,7 @@ class Generation:
 
     def next_row(self, tokens_max: int) -> StepRow:
         """The row for the next step, of at most `tokens_max` tokens."""
-        token_ids = self._pending[:tokens_max]
+        token_ids = self._pending[: min(tokens_max, self._alike())]
         return StepRow(
             session_id=self.session_id,
             position=self.position,
@@ -100,6 +132,13 @@ class Generation:
             sample=len(token_ids) == len(self._pending),
             top_logprobs=self._top_logprobs,
         )
+
+    def _alike(self) -> int:
+        """How many of the next tokens may share a row and still be attended as when they were fed
+        one by one: the nodes' part of the context is the same for all tokens of a row."""
+        if self.position < self._question_stop:
+            return self._question_stop - self.position
+        return BOUNDARY_TOKENS - (self.position - self._window) % BOUNDARY_TOKENS
 
     def accept(
         self, row: StepRow, result: StepRowResult, timing: StepTiming, now: float
@@ -117,6 +156,7 @@ class Generation:
             return None
         self._decoding = True
         self._pending = (result.token_id,)
+        self._ids.append(result.token_id)
         self.tokens += 1
         self.figures.first_token_at = self.figures.first_token_at or now
         self.figures.last_token_at = now
@@ -127,6 +167,7 @@ class Generation:
         figures = self.figures
         figures.add_step(timing)
         figures.coverage = min(figures.coverage, result.coverage)
+        figures.hedged_requests += result.hedged_requests
         if self._decoding:
             figures.work += result.work
         else:

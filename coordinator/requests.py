@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coordinator.failover import ATTEMPTS_MAX
 from longreach.errors import InvalidRequest, NotFound, Unavailable
 from longreach.steps import ModelInfo
 from longreach.types import Budget, SamplingParams
@@ -39,6 +40,16 @@ class NewContext:
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """How a generation goes on where its coordinator was lost: `key` names it in the cluster,
+    `attempt` counts from 0, `token_ids` are those that the client has."""
+
+    key: str
+    attempt: int = 0
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateParams:
     """A generation to run. `max_tokens` 0 and `budget` None take the server's defaults;
     `min_coverage` 0 means 1."""
@@ -54,6 +65,12 @@ class GenerateParams:
     min_coverage: float = 0.0
     top_logprobs: int = 0
     request_id: str = ""
+    resume: Resume | None = None
+
+    @property
+    def generated(self) -> tuple[int, ...]:
+        """Tokens that the client has from earlier attempts."""
+        return self.resume.token_ids if self.resume else ()
 
 
 def check_new_context(request: NewContext, placements: Sequence[str]) -> None:
@@ -87,6 +104,20 @@ def check_generate(request: GenerateParams) -> None:
         raise InvalidRequest(
             f"request_id has {len(request.request_id)} characters; at most "
             f"{REQUEST_ID_CHARACTERS_MAX}"
+        )
+    if request.resume is not None:
+        _check_resume(request.resume)
+
+
+def _check_resume(resume: Resume) -> None:
+    if not 1 <= len(resume.key) <= REQUEST_ID_CHARACTERS_MAX:
+        raise InvalidRequest(
+            f"resume.key has {len(resume.key)} characters; it must have 1 to "
+            f"{REQUEST_ID_CHARACTERS_MAX}, random ones"
+        )
+    if not 0 <= resume.attempt < ATTEMPTS_MAX:
+        raise InvalidRequest(
+            f"resume.attempt is {resume.attempt}; it must be in [0, {ATTEMPTS_MAX})"
         )
 
 

@@ -21,6 +21,24 @@ class Promise:
         return int(self.bytes_by_node.get(node_id, 0) * (1 - self.stored_fraction))
 
 
+class Refusals:
+    """What contexts lacked that were refused for want of memory, until somebody takes note."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    def note(self, needed_bytes: int, view: ClusterView) -> None:
+        """A context that needs so much did not fit on the nodes; at least one byte was lacking,
+        since what is free may be spread too thin."""
+        free_bytes = sum(node.free_bytes for node in view.nodes)
+        self._bytes = max(self._bytes, needed_bytes - free_bytes, 1)
+
+    def take(self) -> int:
+        """Bytes that the largest of them lacked since this was last called."""
+        taken, self._bytes = self._bytes, 0
+        return taken
+
+
 def cluster_view(cluster: Cluster, promises: Iterable[Promise]) -> ClusterView:
     """The nodes that are alive, with what they report free less what others were promised."""
     kept = list(promises)

@@ -11,13 +11,20 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from coordinator.failover import WORKER_LOST
 from coordinator.generation import Generation, Token
 from coordinator.pacing import QuestionPace
-from longreach.errors import Internal, LongreachError
-from longreach.steps import StepOutcome, StepRow, StepRowResult
+from longreach.errors import DeadlineExceeded, Internal, LongreachError, Unavailable
+from longreach.steps import StepOutcome, StepRow, StepRowResult, WorkerStatus
 
+# A step may take long, on a slow device or with a long question. When it does, the worker is asked
+# for its status, which it answers beside the step: one that is frozen or cut off does not.
+LOOK_AFTER_S = 0.5
+LOOK_TIMEOUT_S = 0.75
+# Longest that a step may take on a worker that answers.
+STEP_S_MAX = 300.0
 _log = logging.getLogger(__name__)
 
 OnToken = Callable[[Token], None]
@@ -29,6 +36,13 @@ class StepRunner(Protocol):
     async def step(self, rows: Sequence[StepRow]) -> StepOutcome:
         """Runs one step; raises Unavailable when the worker is lost."""
 
+    async def status(self) -> WorkerStatus:
+        """What the worker holds; answered while a step runs."""
+
+
+class SteppedAside(Exception):
+    """A session left the loop at a step boundary because it was asked to go on elsewhere."""
+
 
 class _Seat:
     """A session in the loop. `left` resolves at a step boundary: no row of it is in flight."""
@@ -37,6 +51,7 @@ class _Seat:
         self.generation = generation
         self.on_token = on_token
         self.leaving = False
+        self.aside = False
         self.left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
@@ -80,6 +95,12 @@ class DecodeLoop:
             await asyncio.wait([seat.left])
             raise
 
+    def set_aside(self, session_id: str) -> None:
+        """Makes a session leave at the next step boundary; its `run` raises SteppedAside."""
+        seat = self._seats.get(session_id)
+        if seat is not None:
+            seat.leaving = seat.aside = True
+
     def fail(self, error: LongreachError) -> None:
         """Ends every session with an error at once, without waiting for the step in flight."""
         if self._task is not None:
@@ -93,16 +114,47 @@ class DecodeLoop:
             while self._seats:
                 rows = self._gather()
                 if rows:
-                    outcome = await self._worker.step(list(rows.values()))
+                    outcome = await self._step(list(rows.values()))
                     self._dispatch(rows, outcome)
                 for seat in [s for s in self._seats.values() if s.leaving]:
-                    self._leave(seat)
+                    self._leave(seat, SteppedAside() if seat.aside else None)
             self._task = None
+        except (Unavailable, DeadlineExceeded) as error:
+            self._lost(Unavailable(error.message, reason=WORKER_LOST, retry_after_s=1.0))
         except LongreachError as error:
             self._lost(error)
         except Exception as problem:
             _log.exception("the decode loop failed")
             self._lost(Internal(f"the decode loop failed with {type(problem).__name__}"))
+
+    async def _step(self, rows: Sequence[StepRow]) -> StepOutcome:
+        """One step; raises Unavailable when the worker does not answer."""
+        step = asyncio.ensure_future(self._worker.step(rows))
+        give_up = self._clock() + STEP_S_MAX
+        try:
+            while not (await asyncio.wait([step], timeout=LOOK_AFTER_S))[0]:
+                if self._clock() > give_up:
+                    raise Unavailable(f"the worker did not end a step within {STEP_S_MAX:g} s")
+                await self._look(step)
+            return step.result()
+        finally:
+            step.cancel()
+
+    async def _look(self, step: asyncio.Future[StepOutcome]) -> None:
+        """Raises Unavailable unless the worker answers; an end of the step is an answer."""
+        looking = asyncio.ensure_future(self._worker.status())
+        waited: list[asyncio.Future[Any]] = [step, looking]
+        done, _ = await asyncio.wait(
+            waited, timeout=LOOK_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        looking.cancel()
+        if not done:
+            raise Unavailable(
+                f"the worker answered neither a step nor a status within "
+                f"{LOOK_AFTER_S + LOOK_TIMEOUT_S:g} s"
+            )
+        if looking in done:
+            looking.result()
 
     def _lost(self, error: LongreachError) -> None:
         self._task = None
@@ -146,7 +198,7 @@ class DecodeLoop:
             if seat.generation.finish_reason is not None:
                 self._leave(seat)
 
-    def _leave(self, seat: _Seat, error: LongreachError | None = None) -> None:
+    def _leave(self, seat: _Seat, error: Exception | None = None) -> None:
         self._seats.pop(seat.generation.session_id, None)
         if seat.left.done():
             return

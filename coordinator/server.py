@@ -16,7 +16,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.coordinator import Coordinator
 from coordinator.generation import Token
 from coordinator.index_progress import IndexSummary
-from coordinator.requests import GenerateParams, NewContext, Prompt
+from coordinator.requests import GenerateParams, NewContext, Prompt, Resume
 from coordinator.summary import Summary
 from longreach import wire
 from longreach.errors import InvalidRequest, PermissionDenied
@@ -295,6 +295,11 @@ def _generate_params(request: generation_pb2.GenerateRequest) -> GenerateParams:
         min_coverage=request.min_coverage,
         top_logprobs=request.top_logprobs,
         request_id=request.request_id or f"req-{secrets.token_hex(8)}",
+        resume=(
+            Resume(request.resume.key, request.resume.attempt, tuple(request.resume.token_ids))
+            if request.HasField("resume")
+            else None
+        ),
     )
 
 
@@ -374,6 +379,10 @@ def _summary(summary: Summary) -> generation_pb2.GenerateSummary:
         full_kv_bytes=summary.full_kv_bytes,
         worker_id=summary.worker_id,
         index_kinds=summary.index_kinds,
+        failovers=summary.failovers,
+        recomputed_tokens=summary.recomputed_tokens,
+        hedged_requests=summary.hedged_requests,
+        resumed=summary.resumed,
     )
 
 

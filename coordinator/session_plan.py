@@ -11,6 +11,7 @@ from coordinator.admission import Admission
 from coordinator.catalog.base import ContextRecord
 from coordinator.config import CoordinatorConfig
 from coordinator.contexts import Contexts
+from coordinator.failover import first_epoch
 from coordinator.holdings import without_tenant
 from coordinator.models import Models
 from coordinator.orphans import SessionNames
@@ -77,6 +78,7 @@ class Planner:
         model = self._model(params, context)
         prompt = await self._models.encode(model, params.prompt, starts=context is None)
         check_token_ids(prompt, model)
+        check_token_ids(params.generated, model)
         max_tokens = answer_tokens(
             params,
             context.tokens if context else 0,
@@ -101,7 +103,8 @@ class Planner:
         max_tokens: int,
         tokenizer: Tokenizer | None,
     ) -> Plan:
-        session_id = self._names.new()
+        resume = params.resume
+        session_id = self._names.new(resume.key if resume else "")
         context, prompt = base.context, base.question
         if context is None:
             identity = dataclasses.replace(model.identity, tenant=self._contexts.tenant)
@@ -114,12 +117,14 @@ class Planner:
             context_id=context.context_id if context else "",
             context_stop=base.stop,
             tenant=self._contexts.tenant,
-            epoch=1,
+            epoch=first_epoch(resume.attempt if resume else 0),
             prompt_ids=prompt,
             sampling=params.sampling,
             stop_ids=() if params.ignore_eos else model.eos_ids,
             stop_texts=params.stop_texts,
             max_tokens=max_tokens,
+            generated_ids=params.generated,
+            coordinator_id=self._names.coordinator_id,
         )
         budget = params.budget or self._default_budget
         return Plan(params, model, identity, context, shard_map, record, budget, tokenizer)

@@ -1,14 +1,18 @@
 """Sessions: one generation each, from its plan to the last token.
 
     plan ─> wait for a slot ─> open on the worker ─> decode loop ─> close
+                 ^                                       │
+                 └── worker or nodes lost, a newer epoch ┘
 
 Each session runs in a task of its own, so that a client that goes away at any point only cancels
-that task, which leaves the loop at a step boundary and closes the session on worker and nodes.
+that task, which leaves the loop at a step boundary and closes the session on worker and nodes. What
+is decided when a worker or a node is lost is in `coordinator/failover.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -19,39 +23,68 @@ from coordinator.cluster import Cluster
 from coordinator.config import CoordinatorConfig
 from coordinator.contexts import Contexts
 from coordinator.driver import Driver, WorkerPeer
+from coordinator.failover import Course
 from coordinator.generation import Generation, Token
 from coordinator.holdings import without_tenant
 from coordinator.models import Models
 from coordinator.orphans import Orphans, SessionNames
 from coordinator.pacing import QuestionPace
 from coordinator.requests import GenerateParams
-from coordinator.scheduler import DecodeLoop
+from coordinator.scheduler import DecodeLoop, SteppedAside
 from coordinator.session_plan import Plan, Planner
 from coordinator.summary import Summary, summarise
 from coordinator.tokenizer import Detokenizer
-from longreach.errors import Cancelled, Internal, LongreachError, Unavailable
+from longreach.errors import (
+    Cancelled,
+    FailedPrecondition,
+    Internal,
+    LongreachError,
+    StaleEpoch,
+    Unavailable,
+)
 
 # A worker that does not close a session in this time is lost, or about to be found lost.
 CLOSE_TIMEOUT_S = 5.0
 # A session that hangs in a frozen worker does not hold up the deletion of its context.
 ABORT_TIMEOUT_S = 10.0
-# Pauses between attempts to open a session.
-OPEN_PAUSES_S = (0.3, 0.9)
+# How long an earlier attempt of the same client may take to leave.
+SUPERSEDE_TIMEOUT_S = 2.0
 _log = logging.getLogger(__name__)
 
 
 class _Session:
-    """A running generation: its events for the client and the task that drives it."""
+    """A running generation: its events for the client and the task that drives it.
 
-    def __init__(self, plan: Plan, arrived: float) -> None:
+    `record` is that of the plan under the epoch of the current attempt, `loop` the decode loop it
+    sits in. A session that was `superseded` leaves its nodes to whoever took it over.
+    """
+
+    def __init__(self, plan: Plan, course: Course, arrived: float) -> None:
         self.plan = plan
+        self.course = course
         self.arrived = arrived
+        self.record = plan.record
+        self.generation = _generation(plan)
         self.queue_s = 0.0
         self.open_s = 0.0
         self.resident_bytes = 0
+        self.worker_id = ""
+        self.loop: DecodeLoop | None = None
         self.events: asyncio.Queue[Token | Summary | LongreachError] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
         self.cancelled = False
+        self.superseded = False
+        self.may_be_open = False
+
+    @property
+    def session_id(self) -> str:
+        """Unique in the cluster."""
+        return self.record.session_id
+
+    @property
+    def resumed(self) -> int:
+        """Earlier attempts of the client, at other coordinators."""
+        return self.plan.params.resume.attempt if self.plan.params.resume else 0
 
     def cancel(self, error: LongreachError | None = None) -> None:
         """Ends the session at the next step boundary, once: a second cancellation would cut its
@@ -61,6 +94,19 @@ class _Session:
         if self.task is not None and not self.cancelled:
             self.cancelled = True
             self.task.cancel()
+
+    def supersede(self) -> None:
+        """Ends the session because a later attempt of its client has come."""
+        self.superseded = True
+        self.cancel(StaleEpoch(f"session {self.session_id} goes on in a later attempt"))
+
+    def next_epoch(self) -> None:
+        """Makes the next attempt fence off the one before."""
+        self.record = dataclasses.replace(
+            self.record,
+            epoch=self.record.epoch + 1,
+            generated_ids=self.generation.generated_ids,
+        )
 
 
 class Sessions:
@@ -74,14 +120,16 @@ class Sessions:
         models: Models,
         config: CoordinatorConfig,
         on_lost: Callable[[str, LongreachError], None],
+        on_left: Callable[[], None] = lambda: None,
     ) -> None:
         self._cluster = cluster
         self._driver = driver
         self._contexts = contexts
         self._config = config
         self._on_lost = on_lost
+        self._on_left = on_left
         self._admission = Admission(self._slots, config.max_waiting)
-        names = SessionNames(config.name)
+        names = SessionNames(config.name, config.cluster_secret.encode())
         self._planner = Planner(contexts, models, self._admission, config, names)
         self.orphans = Orphans(names, driver, lives=lambda session_id: session_id in self._sessions)
         self._loops: dict[str, tuple[WorkerPeer, DecodeLoop]] = {}
@@ -105,9 +153,10 @@ class Sessions:
         Raises what went wrong: InvalidRequest, NotFound, ResourceExhausted, Unavailable, ...
         """
         arrived = time.monotonic()
-        session = _Session(await self._planner.plan(params), arrived)
-        session_id = session.plan.record.session_id
-        self._sessions[session_id] = session
+        plan = await self._planner.plan(params)
+        await self._end_earlier_attempt(plan)
+        session = _Session(plan, Course(self._config.failover_patience_s), arrived)
+        self._sessions[session.session_id] = session
         session.task = asyncio.create_task(self._run(session))
         session.task.add_done_callback(lambda _: self._gone(session))
         end: Summary | LongreachError | None = None
@@ -149,80 +198,155 @@ class Sessions:
         if not tasks:
             return
         _, late = await asyncio.wait(tasks, timeout=grace_s)
-        cut = Unavailable("the coordinator shut down before the generation ended")
+        cut = Unavailable(
+            "the coordinator shut down before the generation ended", reason="DRAINING"
+        )
         for session in list(self._sessions.values()):
             session.cancel(cut)
         if late:
             await asyncio.wait(late)
 
+    async def _end_earlier_attempt(self, plan: Plan) -> None:
+        """Ends what this coordinator still drives under the id of a client's new attempt."""
+        earlier = self._sessions.get(plan.record.session_id)
+        if earlier is None:
+            return
+        if earlier.record.epoch >= plan.record.epoch:
+            raise FailedPrecondition(
+                f"session {plan.record.session_id} runs under epoch {earlier.record.epoch} already;"
+                " give every generation a resume key of its own, and every attempt a higher number",
+                reason="ALREADY_RUNNING",
+            )
+        earlier.supersede()
+        if earlier.task is not None:
+            await asyncio.wait([earlier.task], timeout=SUPERSEDE_TIMEOUT_S)
+
     async def _run(self, session: _Session) -> None:
-        plan = session.plan
         try:
-            asked = time.monotonic()
-            prefer = self._contexts.last_worker(plan.record.context_id)
-            worker_id = await self._admission.acquire(without_tenant(plan.identity), prefer)
-            granted = time.monotonic()
-            session.queue_s = granted - asked
             try:
-                summary = await self._serve(session, worker_id)
+                if session.generation.finish_reason is None:
+                    await self._drive(session)
             finally:
-                self._admission.release(worker_id, time.monotonic() - granted)
+                self._leave_nothing(session)
+            summary = await self._summary(session)
             # Last of all: who has the summary may rely on nothing being left behind.
             session.events.put_nowait(summary)
         except LongreachError as error:
             session.events.put_nowait(error)
         except Exception as problem:
-            _log.exception("session %s failed", plan.record.session_id)
+            _log.exception("session %s failed", session.session_id)
             session.events.put_nowait(
                 Internal(f"the generation failed with {type(problem).__name__}")
             )
 
-    async def _serve(self, session: _Session, worker_id: str) -> Summary:
-        plan = session.plan
+    async def _drive(self, session: _Session) -> None:
+        """Feeds the generation until it ends, on one worker after another where need be."""
+        prefer = self._contexts.last_worker(session.record.context_id)
+        while True:
+            worker_id = await self._slot(session, prefer)
+            granted = time.monotonic()
+            pause_s: float | None = None
+            try:
+                await self._serve(session, worker_id)
+                return
+            except SteppedAside:
+                session.course.moved()
+                pause_s, prefer = 0.0, ""
+            except LongreachError as error:
+                generation, now = session.generation, time.monotonic()
+                pause_s = session.course.failed(error, worker_id, generation.position, now)
+                if pause_s is None:
+                    raise
+                prefer = worker_id
+                _log.warning("session %s goes on elsewhere: %s", session.session_id, error)
+            finally:
+                self._admission.release(worker_id, time.monotonic() - granted)
+                if pause_s is None:
+                    await self._close(session, worker_id)
+                else:
+                    self.orphans.behind(worker_id, session.session_id, session.record.epoch)
+                    self._on_left()
+            await asyncio.sleep(pause_s)
+            session.next_epoch()
+
+    async def _slot(self, session: _Session, prefer: str) -> str:
+        """A worker's slot: in turn for a new generation, at once for one that goes on."""
+        identity = without_tenant(session.plan.identity)
+        course, asked = session.course, time.monotonic()
+        try:
+            if not course.failovers:
+                return await self._admission.acquire(identity, prefer)
+            async with asyncio.timeout(course.left_s(asked)):
+                return await self._admission.acquire_again(identity, prefer, course.avoid)
+        except TimeoutError:
+            raise course.out_of_patience() from None
+        finally:
+            session.queue_s += time.monotonic() - asked
+
+    async def _serve(self, session: _Session, worker_id: str) -> None:
+        """Opens the session on a worker and feeds it until it ends or has to leave."""
         worker = self._driver.worker(worker_id)
+        session.worker_id, session.may_be_open = worker_id, True
         began = time.monotonic()
-        opening = asyncio.create_task(self._open(session, worker))
+        opening = asyncio.ensure_future(self._open(session, worker))
         try:
             stop, session.resident_bytes = await asyncio.shield(opening)
-            session.open_s = time.monotonic() - began
-            if plan.context is not None:
-                self._contexts.used_by(plan.context.context_id, worker_id)
-            generation = _generation(plan, stop)
-            loop = self._loop(worker_id, worker)
-            await loop.run(generation, session.events.put_nowait)
-            return summarise(
-                plan,
-                generation,
-                arrived=session.arrived,
-                queue_s=session.queue_s,
-                open_s=session.open_s,
-                resident_kv_bytes=session.resident_bytes,
-                worker_id=worker_id,
-                index_kinds=await self._index_kinds(plan.context),
-            )
+        except asyncio.CancelledError:
+            # What it opens can be closed only once it is open.
+            await asyncio.wait([opening])
+            opening.cancelled() or opening.exception()
+            raise
+        session.open_s += time.monotonic() - began
+        if session.plan.context is not None:
+            self._contexts.used_by(session.plan.context.context_id, worker_id)
+        session.generation.stand_at(stop, self._window(worker_id))
+        session.loop = self._loop(worker_id, worker)
+        try:
+            await session.loop.run(session.generation, session.events.put_nowait)
         finally:
-            if not await _close(worker, opening, plan.record.session_id):
-                self.orphans.left(plan.record.session_id)
+            session.loop = None
 
     async def _open(self, session: _Session, worker: WorkerPeer) -> tuple[int, int]:
-        """Opens the session on the worker; tries again when a node does not answer, since one that
-        has just come back refuses connections for a moment."""
-        plan = session.plan
-        for pause_s in (*OPEN_PAUSES_S, None):
-            try:
-                return await worker.open_session(
-                    plan.record,
-                    plan.identity,
-                    plan.shard_map,
-                    self._driver.read_capability(plan.record),
-                    plan.budget,
-                    plan.params.min_coverage or 1.0,
-                )
-            except Unavailable:
-                if pause_s is None or session.cancelled:
-                    raise
-                await asyncio.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
+        plan, record = session.plan, session.record
+        return await worker.open_session(
+            record,
+            plan.identity,
+            self._cluster.readdress(plan.shard_map),
+            self._driver.read_capability(record),
+            plan.budget,
+            plan.params.min_coverage or 1.0,
+        )
+
+    async def _close(self, session: _Session, worker_id: str) -> None:
+        """Closes a session on its worker and nodes."""
+        worker, on_nodes = self._driver.worker(worker_id), not session.superseded
+        if await _closed(worker, session.session_id, session.record.epoch, on_nodes):
+            # Elsewhere it may be open still where it was before.
+            session.may_be_open = bool(session.course.failovers or session.resumed)
+
+    def _leave_nothing(self, session: _Session) -> None:
+        """Has closed in the background what could not be closed on the way."""
+        if session.may_be_open and not session.superseded:
+            self.orphans.left(session.session_id, session.record.epoch)
+            self._on_left()
+
+    async def _summary(self, session: _Session) -> Summary:
+        return summarise(
+            session.plan,
+            session.generation,
+            arrived=session.arrived,
+            queue_s=session.queue_s,
+            open_s=session.open_s,
+            resident_kv_bytes=session.resident_bytes,
+            worker_id=session.worker_id,
+            index_kinds=await self._index_kinds(session.plan.context),
+            failovers=session.course.failovers,
+        )
+
+    def _window(self, worker_id: str) -> int:
+        member = self._cluster.member(worker_id)
+        status = member.report.worker if member else None
+        return status.window_tokens if status else 0
 
     async def _index_kinds(self, context: ContextRecord | None) -> tuple[str, ...]:
         if context is None:
@@ -264,28 +388,25 @@ class Sessions:
         ]
 
     def _gone(self, session: _Session) -> None:
-        self._sessions.pop(session.plan.record.session_id, None)
+        if self._sessions.get(session.session_id) is session:
+            del self._sessions[session.session_id]
         # Behind whatever ended it; read only where a task was cancelled before it began.
         session.events.put_nowait(Cancelled("the generation was cancelled"))
 
 
-def _generation(plan: Plan, stop: int) -> Generation:
+def _generation(plan: Plan) -> Generation:
     record = plan.record
-    if stop != record.context_stop:
-        raise Internal(
-            f"the worker opened session {record.session_id} at position {stop}; the context ends "
-            f"at {record.context_stop}"
-        )
     detokenizer = Detokenizer(plan.tokenizer, record.prompt_ids) if plan.tokenizer else None
     return Generation(
         record.session_id,
-        position=stop,
+        position=record.context_stop,
         question=record.prompt_ids,
         max_tokens=record.max_tokens,
         stop_ids=record.stop_ids,
         stop_texts=record.stop_texts,
         top_logprobs=plan.params.top_logprobs,
         detokenizer=detokenizer,
+        generated=record.generated_ids,
     )
 
 
@@ -303,19 +424,14 @@ def _drain(
     return tuple(tokens), event
 
 
-async def _close(
-    worker: WorkerPeer, opening: asyncio.Task[tuple[int, int]], session_id: str
-) -> bool:
-    """Closes a session on its worker and nodes, once its opening has ended either way.
+async def _closed(worker: WorkerPeer, session_id: str, epoch: int, on_nodes: bool) -> bool:
+    """Closes a session on its worker and, when asked, on its nodes.
 
     Whether the worker answered: it may be gone, and then the nodes still have the session.
     """
-    await asyncio.wait([opening])
-    if not opening.cancelled():
-        opening.exception()  # raised already where it matters
     try:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await worker.close_session(session_id, True)
+            await worker.close_session(session_id, on_nodes, epoch)
     except (LongreachError, TimeoutError) as error:
         _log.warning("session %s was not closed on its worker: %r", session_id, error)
         return False

@@ -21,7 +21,7 @@ from coordinator.driver import Driver
 from coordinator.filling import Filling
 from coordinator.models import Models
 from coordinator.sweeper import Sweeper
-from longreach.types import ShardInventory
+from longreach.types import SessionInventory, ShardInventory
 
 # Members report every second; in this time after the start all that live have registered.
 PATIENCE_S = 4.0
@@ -57,7 +57,7 @@ class Settling:
         held: holdings.Holdings,
         filling: Filling,
         sweeper: Sweeper,
-        on_sessions: Callable[[list[str]], None],
+        on_sessions: Callable[[list[SessionInventory]], None],
         catch_up: Callable[[], Awaitable[bool]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -94,8 +94,8 @@ class Settling:
         answer = await self._ask(node_id)
         if answer is None:
             return
-        inventory, session_ids = answer
-        self._on_sessions(session_ids)
+        inventory, sessions = answer
+        self._on_sessions(sessions)
         self._holdings.report(node_id, inventory)
         if await self._may_sweep():
             book = self._book
@@ -163,7 +163,9 @@ class Settling:
         for node_id in self._book.reachable(tuple(sorted(wanted))):
             await self.node_up(node_id)
 
-    async def _ask(self, node_id: str) -> tuple[list[ShardInventory], list[str]] | None:
+    async def _ask(
+        self, node_id: str
+    ) -> tuple[list[ShardInventory], list[SessionInventory]] | None:
         """A node's shards and sessions; asks again while it is counted on and does not answer."""
         for attempt in range(ASK_ATTEMPTS):
             if not self._book.reachable((node_id,)):

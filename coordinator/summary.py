@@ -31,6 +31,10 @@ class Summary:
     full_kv_bytes: int
     worker_id: str
     index_kinds: tuple[str, ...]
+    failovers: int
+    recomputed_tokens: int
+    hedged_requests: int
+    resumed: int
 
 
 def summarise(
@@ -43,11 +47,12 @@ def summarise(
     resident_kv_bytes: int,
     worker_id: str,
     index_kinds: tuple[str, ...],
+    failovers: int,
 ) -> Summary:
     """The summary of a finished generation that arrived at `arrived` (monotonic seconds)."""
     assert generation.finish_reason is not None
     figures, record = generation.figures, plan.record
-    later = generation.tokens - 1
+    later = generation.tokens - len(plan.params.generated) - 1
     spread_s = figures.last_token_at - figures.first_token_at
     tokens = record.context_stop + len(record.prompt_ids) + generation.tokens
     return Summary(
@@ -57,8 +62,8 @@ def summarise(
         completion_tokens=generation.tokens,
         queue_s=queue_s,
         open_s=open_s,
-        first_token_s=figures.first_token_at - arrived,
-        per_token_s=spread_s / later if later else 0.0,
+        first_token_s=max(0.0, figures.first_token_at - arrived),
+        per_token_s=spread_s / later if later > 0 else 0.0,
         steps=figures.steps,
         work=figures.work,
         prompt_work=figures.prompt_work,
@@ -67,6 +72,10 @@ def summarise(
         full_kv_bytes=tokens * token_kv_bytes(plan.model),
         worker_id=worker_id,
         index_kinds=index_kinds,
+        failovers=failovers,
+        recomputed_tokens=generation.recomputed_tokens,
+        hedged_requests=figures.hedged_requests,
+        resumed=plan.params.resume.attempt if plan.params.resume else 0,
     )
 
 

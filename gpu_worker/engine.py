@@ -163,9 +163,17 @@ class Engine:
         self._device.call(lambda: self._admit(session, opened)).result()
         return opened.stop, self._slab.bytes_per_slot
 
-    def close_session(self, session_id: str, close_on_nodes: bool) -> bool:
-        """Ends a session here and, when asked, on its nodes; whether it was open."""
-        nodes = self._device.call(lambda: self._forget(session_id)).result()
+    def close_session(self, session_id: str, close_on_nodes: bool, epoch: int = 0) -> bool:
+        """Ends a session here and, when asked, on its nodes, unless it is open under a newer epoch
+        than a given one; whether it was open."""
+
+        def forget() -> NodeSession | None:
+            session = self._decoder.sessions.get(session_id)
+            if session is not None and 0 < epoch < session.record.epoch:
+                return None
+            return self._forget(session_id)
+
+        nodes = self._device.call(forget).result()
         if nodes is not None and close_on_nodes:
             self._opener.close(nodes)
         return nodes is not None

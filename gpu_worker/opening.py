@@ -111,6 +111,8 @@ class Opener:
         """
         nodes, stops = self._open_on_nodes(record, identity, route, capability)
         stop = min(stops.values(), default=record.context_stop)
+        if record.known_ids:  # The last token is yet to be fed: its row draws the next one.
+            stop = min(stop, record.context_stop + len(record.known_ids) - 1)
         try:
             resident = self._read_resident(nodes, stop, identity)
         except LongreachError:

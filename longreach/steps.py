@@ -75,7 +75,11 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class StepRowResult:
-    """What became of a StepRow. With `error` set the session stands where it was."""
+    """What became of a StepRow. With `error` set the session stands where it was.
+
+    `hedged_requests`: requests with this row that a second node got because the first was late.
+    `lagging_node_ids`: nodes that miss some of the session's tail until it is opened again.
+    """
 
     session_id: str
     token_id: int | None = None
@@ -85,6 +89,8 @@ class StepRowResult:
     coverage: float = 1.0
     acknowledged_stop: int = 0
     error: LongreachError | None = None
+    hedged_requests: int = 0
+    lagging_node_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

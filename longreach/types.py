@@ -306,7 +306,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """Everything needed to resume a session on any coordinator and any worker."""
+    """Everything needed to resume a session on any coordinator and any worker.
+
+    `generated_ids` follow `prompt_ids`: what was generated before it was taken over.
+    `coordinator_id` is who drives it.
+    """
 
     session_id: str
     context_id: str
@@ -318,6 +322,13 @@ class SessionRecord:
     stop_ids: tuple[int, ...] = ()
     stop_texts: tuple[str, ...] = ()
     max_tokens: int = 0
+    generated_ids: tuple[int, ...] = ()
+    coordinator_id: str = ""
+
+    @property
+    def known_ids(self) -> tuple[int, ...]:
+        """Token ids from `context_stop` on, as far as they are known."""
+        return self.prompt_ids + self.generated_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +384,15 @@ class IndexStatus:
     bytes: int
     build_cpu_s: float = 0.0
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInventory:
+    """An open session on a node: who drives it, and under which epoch."""
+
+    session_id: str
+    coordinator_id: str = ""
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

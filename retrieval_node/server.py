@@ -99,7 +99,9 @@ class RetrievalServer(RetrievalServiceServicer):
     ) -> pb.CloseSessionResponse:
         """Ends a session."""
         if request.session_id:
-            freed = self._store.close_session_id(request.session_id, request.capability)
+            freed = self._store.close_session_id(
+                request.session_id, request.capability, request.epoch
+            )
         else:
             freed = self._store.close_session(request.handle)
         return pb.CloseSessionResponse(bytes_freed=freed)
@@ -168,10 +170,11 @@ class RetrievalServer(RetrievalServiceServicer):
         self, request: pb.InventoryRequest, context: grpc.ServicerContext
     ) -> pb.InventoryResponse:
         """Everything the node holds."""
-        shards, session_ids = self._store.inventory(request.context_id)
+        shards, sessions = self._store.inventory(request.context_id)
         return pb.InventoryResponse(
             shards=[wire.shard_inventory_to_proto(each) for each in shards],
-            session_ids=session_ids,
+            session_ids=[each.session_id for each in sessions],
+            sessions=[wire.session_inventory_to_proto(each) for each in sessions],
         )
 
     @map_errors

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from longreach.errors import FailedPrecondition, InvalidRequest, NotFound
-from longreach.types import AppendEntry, Identity, LayerGeometry, SessionRecord, storage_dtype
+from longreach.types import (
+    AppendEntry,
+    Identity,
+    LayerGeometry,
+    SessionInventory,
+    SessionRecord,
+    storage_dtype,
+)
 from retrieval_node.builds import Builder
 from retrieval_node.memory import MemoryBudget
 from retrieval_node.tail import SessionTail, stale_epoch
@@ -64,6 +72,21 @@ class Session:
             if tuple(places) != self.tail.places:
                 self.tail.release()
                 self.tail = self._fresh_tail(places)
+
+    def agreed_stop(self) -> int:
+        """The position after the last one held whose token is the record's; without token ids in
+        the record, after the last one held.
+
+        Who takes a session over may know other tokens than the last writer stored: theirs win, and
+        their first append cuts the rest off.
+        """
+        with self.lock:
+            known = self.record.known_ids
+            if not known:
+                return self.tail.stop
+            pairs = zip(self.tail.token_ids, known, strict=False)
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+            return self.tail.start + sum(1 for _ in same)
 
     def append(self, entry: AppendEntry) -> None:
         """Stores new KV; see SessionTail.append."""
@@ -154,11 +177,12 @@ class SessionTable:
             session = self.get(handle)
             return self._end(session, "the session was closed; open it again")
 
-    def close_id(self, session_id: str) -> int:
-        """Ends a session by id, if there is one; returns the bytes freed."""
+    def close_id(self, session_id: str, epoch: int = 0) -> int:
+        """Ends a session by id, if there is one and its epoch is not newer than a given one;
+        returns the bytes freed."""
         with self._lock:
             session = self._by_id.get(session_id)
-            if session is None:
+            if session is None or 0 < epoch < session.epoch:
                 return 0
             return self._end(session, "the session was closed by its coordinator; open it again")
 
@@ -178,14 +202,14 @@ class SessionTable:
                 self._end(session, f"the session was idle for {timeout_s:g} s; open it again")
             return [session.record.session_id for session in idle]
 
-    def ids(self, context_id: str = "") -> list[str]:
-        """Ids of open sessions, of one context when it is given."""
+    def inventory(self, context_id: str = "") -> list[SessionInventory]:
+        """Open sessions by id, of one context when it is given."""
         with self._lock:
-            return sorted(
-                session_id
-                for session_id, session in self._by_id.items()
+            return [
+                SessionInventory(session_id, session.record.coordinator_id, session.epoch)
+                for session_id, session in sorted(self._by_id.items())
                 if not context_id or session.record.context_id == context_id
-            )
+            ]
 
     def __len__(self) -> int:
         return len(self._by_id)

@@ -27,6 +27,7 @@ from longreach.types import (
     LayerGeometry,
     NodeStats,
     QuerySample,
+    SessionInventory,
     SessionRecord,
     Shard,
     ShardInventory,
@@ -179,15 +180,15 @@ class Store:
             context.check_identity(identity)
             _check_same_geometry(context, layers)
         handle, session = self._sessions.open(record, identity, places)
-        return handle, session.tail.stop
+        return handle, session.agreed_stop()
 
     def close_session(self, handle: int) -> int:
         """Ends a session; returns the bytes of its tail and the tail's indexes."""
         return self._sessions.close(handle)
 
-    def close_session_id(self, session_id: str, capability: bytes) -> int:
-        """Ends a session that its opener left behind; returns the bytes freed, 0 where there is
-        none. Raises PermissionDenied."""
+    def close_session_id(self, session_id: str, capability: bytes, epoch: int = 0) -> int:
+        """Ends a session that its opener left behind, unless it was taken over since `epoch`;
+        returns the bytes freed, 0 where there is none. Raises PermissionDenied."""
         verify(
             capability,
             self._secret,
@@ -196,7 +197,7 @@ class Store:
             context_id="",
             session_id=session_id,
         )
-        return self._sessions.close_id(session_id)
+        return self._sessions.close_id(session_id, epoch)
 
     def attend(
         self, layer: int, rows: Sequence[AttendRows], scale: float, softcap: float
@@ -240,9 +241,11 @@ class Store:
                 self._snapshots.remove(served)
         return freed
 
-    def inventory(self, context_id: str = "") -> tuple[list[ShardInventory], list[str]]:
-        """Every shard the node holds and the ids of open sessions; of one context when given."""
-        return self._contexts.inventory(context_id), self._sessions.ids(context_id)
+    def inventory(
+        self, context_id: str = ""
+    ) -> tuple[list[ShardInventory], list[SessionInventory]]:
+        """Every shard the node holds and the open sessions; of one context when given."""
+        return self._contexts.inventory(context_id), self._sessions.inventory(context_id)
 
     def stats(self) -> NodeStats:
         """Memory and counters."""

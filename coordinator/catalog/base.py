@@ -71,6 +71,10 @@ class Lease:
     epoch: int
     ttl_s: float
 
+    def known_beside(self, epoch: int) -> Lease:
+        """This lease as a catalog confirms it that knows `epoch`: not valid under a higher one."""
+        return self if self.epoch >= epoch else Lease(self.holder, epoch, 0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Beat:
@@ -145,11 +149,14 @@ class Catalog(ABC):
         """The nodes that the last leader knew, id to host:port."""
 
     @abstractmethod
-    async def beat(self, coordinator: str, since: int, known_epoch: int = 0) -> Beat:
+    async def beat(
+        self, coordinator: str, since: int, known_epoch: int = 0, lease: Lease | None = None
+    ) -> Beat:
         """Reports that a coordinator lives, asks for the lease, reads what changed.
 
         `known_epoch` is the highest that this coordinator has seen, so that epochs grow even where
-        the storage was lost.
+        the storage was lost. With a `lease` the leader was elected elsewhere: the catalog takes its
+        epoch for the leading one, or, where it knows a higher one, answers with that and no time.
         """
 
     @abstractmethod

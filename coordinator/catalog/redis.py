@@ -109,7 +109,12 @@ redis.call('ZADD', present, now_ms, me)
 redis.call('ZREMRANGEBYSCORE', present, '-inf', now_ms - tonumber(ARGV[5]))
 local number = tonumber(redis.call('GET', epoch) or 0)
 local holder = redis.call('GET', leader)
-if holder == me and number >= known then
+if ARGV[7] ~= '' then
+    holder = ''
+    number = math.max(number, tonumber(ARGV[7]))
+    redis.call('SET', epoch, number)
+    redis.call('DEL', leader)
+elseif holder == me and number >= known then
     redis.call('PEXPIRE', leader, ttl_ms)
 elseif not holder or holder == me then
     number = math.max(number, known) + 1
@@ -228,7 +233,9 @@ class RedisCatalog(Catalog):
         found = await self._ask(self._redis.hgetall(self._key["nodes"]))
         return {name.decode(): address.decode() for name, address in found.items()}
 
-    async def beat(self, coordinator: str, since: int, known_epoch: int = 0) -> Beat:
+    async def beat(
+        self, coordinator: str, since: int, known_epoch: int = 0, lease: Lease | None = None
+    ) -> Beat:
         """Reports, asks for the lease and reads what changed, in one round trip."""
         holder, epoch, generation, revision, present, changed, removed = await self._run(
             _BEAT,
@@ -238,9 +245,12 @@ class RedisCatalog(Catalog):
             int(LEASE_TTL_S * 1000),
             int(PRESENT_S * 1000),
             secrets.token_hex(8),
+            "" if lease is None else lease.epoch,
         )
+        if lease is None:
+            lease = Lease(holder.decode(), int(epoch), LEASE_TTL_S)
         return Beat(
-            lease=Lease(holder.decode(), int(epoch), LEASE_TTL_S),
+            lease=lease.known_beside(int(epoch)),
             present=frozenset(each.decode() for each in present),
             generation=generation.decode(),
             revision=int(revision),

@@ -180,10 +180,14 @@ class SqliteCatalog(Catalog):
         """The nodes that the last leader knew."""
         return dict(await self._select("SELECT node_id, address FROM nodes"))
 
-    async def beat(self, coordinator: str, since: int, known_epoch: int = 0) -> Beat:
-        """What changed; the one coordinator is always the leader."""
+    async def beat(
+        self, coordinator: str, since: int, known_epoch: int = 0, lease: Lease | None = None
+    ) -> Beat:
+        """What changed; the one coordinator is the leader, unless another was elected elsewhere."""
 
         def read(db: sqlite3.Connection) -> Beat:
+            leading = lease or Lease(coordinator, self._epoch, math.inf)
+            self._epoch = max(self._epoch, leading.epoch)
             records = db.execute(
                 "SELECT record, revision FROM contexts WHERE revision > ?", (since,)
             ).fetchall()
@@ -191,7 +195,7 @@ class SqliteCatalog(Catalog):
                 "SELECT context_id, revision FROM removals WHERE revision > ?", (since,)
             ).fetchall()
             return Beat(
-                lease=Lease(coordinator, self._epoch, math.inf),
+                lease=leading.known_beside(self._epoch),
                 present=frozenset({coordinator}),
                 generation=self._generation,
                 revision=_number(db, "revision"),

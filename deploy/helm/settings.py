@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from coordinator.config import CoordinatorConfig  # noqa: E402
+from coordinator.kubernetes.settings import KubernetesSettings  # noqa: E402
 from gpu_worker.config import WorkerConfig  # noqa: E402
 from retrieval_node.config import NodeConfig  # noqa: E402
 
@@ -34,9 +35,12 @@ SERVICES: dict[str, type] = {
 
 _TLS = {"tls_cert", "tls_key", "tls_ca", "health_listen"}
 _EVERYWHERE = _TLS | {"listen", "cluster_secret", "exit_with_parent"}
+_KUBERNETES = {field.name for field in dataclasses.fields(KubernetesSettings)}
 _MEMBER = {"advertise", "host", "coordinators"}
 CHART_SETS: dict[str, set[str]] = {
-    "coordinator": _EVERYWHERE | {"catalog", "cluster_listen", "coordinator_id", "data_dir"},
+    "coordinator": _EVERYWHERE
+    | _KUBERNETES
+    | {"catalog", "cluster_listen", "coordinator_id", "data_dir"},
     "worker": _EVERYWHERE | _MEMBER | {"worker_id", "model"},
     "retrievalNode": _EVERYWHERE | _MEMBER | {"node_id", "snapshot_dir"},
 }

@@ -28,6 +28,7 @@ from longreach.types import (
     LayerGeometry,
     NodeStats,
     QuerySample,
+    SessionInventory,
     SessionRecord,
     Shard,
     ShardInventory,
@@ -190,8 +191,10 @@ class NodeClient:
         return self._stub.Drop(request, timeout=self._timeout_s).bytes_freed
 
     @_raises_longreach_errors
-    def inventory(self, context_id: str = "") -> tuple[list[ShardInventory], list[str]]:
-        """Shards held (of one context, or all) and ids of the sessions open."""
+    def inventory(
+        self, context_id: str = ""
+    ) -> tuple[list[ShardInventory], list[SessionInventory]]:
+        """Shards held (of one context, or all) and the sessions open."""
         request = pb.InventoryRequest(context_id=context_id)
         return _inventory(self._stub.Inventory(request, timeout=self._timeout_s))
 
@@ -230,16 +233,19 @@ class AsyncNodeClient:
         except grpc.RpcError as error:
             raise error_from_rpc(error, peer=self.address) from None
 
-    async def close_session(self, session_id: str, capability: bytes) -> int:
-        """Ends a session by id, if the node has it; returns the bytes of tail freed."""
-        request = pb.CloseSessionRequest(session_id=session_id, capability=capability)
+    async def close_session(self, session_id: str, capability: bytes, epoch: int = 0) -> int:
+        """Ends a session by id, if the node has it and its epoch is not newer than a given one;
+        returns the bytes of tail freed."""
+        request = pb.CloseSessionRequest(session_id=session_id, capability=capability, epoch=epoch)
         try:
             return (await self._stub.CloseSession(request, timeout=self._timeout_s)).bytes_freed
         except grpc.RpcError as error:
             raise error_from_rpc(error, peer=self.address) from None
 
-    async def inventory(self, context_id: str = "") -> tuple[list[ShardInventory], list[str]]:
-        """Shards held (of one context, or all) and ids of the sessions open."""
+    async def inventory(
+        self, context_id: str = ""
+    ) -> tuple[list[ShardInventory], list[SessionInventory]]:
+        """Shards held (of one context, or all) and the sessions open."""
         request = pb.InventoryRequest(context_id=context_id)
         try:
             return _inventory(await self._stub.Inventory(request, timeout=self._timeout_s))
@@ -259,9 +265,11 @@ class AsyncNodeClient:
         await self._channel.close()
 
 
-def _inventory(response: pb.InventoryResponse) -> tuple[list[ShardInventory], list[str]]:
+def _inventory(
+    response: pb.InventoryResponse,
+) -> tuple[list[ShardInventory], list[SessionInventory]]:
     shards = [wire.shard_inventory_from_proto(shard) for shard in response.shards]
-    return shards, list(response.session_ids)
+    return shards, [wire.session_inventory_from_proto(each) for each in response.sessions]
 
 
 def _put_requests(

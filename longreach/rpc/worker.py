@@ -104,10 +104,13 @@ class WorkerClient:
             raise error_from_rpc(error, peer=self.address) from None
         return response.stop, response.resident_bytes
 
-    async def close_session(self, session_id: str, close_on_nodes: bool = True) -> bool:
-        """Ends a session on the worker and, when asked, on its nodes; whether it was open."""
+    async def close_session(
+        self, session_id: str, close_on_nodes: bool = True, epoch: int = 0
+    ) -> bool:
+        """Ends a session on the worker and, when asked, on its nodes, unless it is open under a
+        newer epoch than a given one; whether it was open."""
         request = pb.WorkerServiceCloseSessionRequest(
-            session_id=session_id, close_on_nodes=close_on_nodes
+            session_id=session_id, close_on_nodes=close_on_nodes, epoch=epoch
         )
         try:
             return (await self._stub.CloseSession(request, timeout=self._timeout_s)).was_open

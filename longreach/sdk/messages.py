@@ -245,6 +245,10 @@ def _generation_from_proto(
         full_kv_bytes=summary.full_kv_bytes,
         worker_id=summary.worker_id,
         index_kinds=tuple(summary.index_kinds),
+        failovers=summary.failovers,
+        recomputed_tokens=summary.recomputed_tokens,
+        hedged_requests=summary.hedged_requests,
+        resumed=summary.resumed,
     )
 
 

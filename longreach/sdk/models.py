@@ -107,7 +107,10 @@ class Generation:
     `finish_reason`: "stop" (end of sequence or a stop text) or "length". `work` is what the nodes
     did for decode steps, `prompt_work` for the question's rows. `coverage`: lowest share of the
     context that answered in any step. `resident_kv_bytes` is the KV the worker held,
-    `full_kv_bytes` what it would have held without the nodes.
+    `full_kv_bytes` what it would have held without the nodes. `failovers`: times it moved to
+    another worker or was opened anew on its nodes; `recomputed_tokens` were fed again for it.
+    `resumed`: times it went on at another coordinator. `hedged_requests`: requests that a second
+    node got because the first was late.
     """
 
     request_id: str
@@ -123,6 +126,10 @@ class Generation:
     full_kv_bytes: int
     worker_id: str
     index_kinds: tuple[str, ...] = ()
+    failovers: int = 0
+    recomputed_tokens: int = 0
+    hedged_requests: int = 0
+    resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

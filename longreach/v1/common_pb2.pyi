@@ -483,6 +483,8 @@ class SessionRecord(_message.Message):
     STOP_IDS_FIELD_NUMBER: _builtins.int
     STOP_TEXTS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATED_IDS_FIELD_NUMBER: _builtins.int
+    COORDINATOR_ID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Session id, unique in the cluster."""
     context_id: _builtins.str
@@ -495,6 +497,8 @@ class SessionRecord(_message.Message):
     """Fencing epoch; a newer one takes the session over."""
     max_tokens: _builtins.int
     """At most this many generated tokens."""
+    coordinator_id: _builtins.str
+    """Coordinator that drives the session: after a crash it recognises what it left open."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Question tokens, which follow the context."""
@@ -511,6 +515,10 @@ class SessionRecord(_message.Message):
     def stop_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that end the generation."""
 
+    @_builtins.property
+    def generated_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens generated so far, when the session is taken over; they follow the question."""
+
     def __init__(
         self,
         *,
@@ -524,10 +532,12 @@ class SessionRecord(_message.Message):
         stop_ids: _abc.Iterable[_builtins.int] | None = ...,
         stop_texts: _abc.Iterable[_builtins.str] | None = ...,
         max_tokens: _builtins.int = ...,
+        generated_ids: _abc.Iterable[_builtins.int] | None = ...,
+        coordinator_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "context_stop", b"context_stop", "epoch", b"epoch", "max_tokens", b"max_tokens", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "session_id", b"session_id", "stop_ids", b"stop_ids", "stop_texts", b"stop_texts", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "context_stop", b"context_stop", "coordinator_id", b"coordinator_id", "epoch", b"epoch", "generated_ids", b"generated_ids", "max_tokens", b"max_tokens", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "session_id", b"session_id", "stop_ids", b"stop_ids", "stop_texts", b"stop_texts", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

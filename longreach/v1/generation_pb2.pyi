@@ -429,6 +429,7 @@ class GenerateRequest(_message.Message):
     MIN_COVERAGE_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model; empty when the cluster serves one."""
     context_id: _builtins.str
@@ -461,6 +462,10 @@ class GenerateRequest(_message.Message):
     def budget(self) -> _common_pb2.Budget:
         """How many keys decode may use; absent for the server's default."""
 
+    @_builtins.property
+    def resume(self) -> Global___Resume:
+        """Lets the generation go on at another coordinator; absent where it need not."""
+
     def __init__(
         self,
         *,
@@ -476,16 +481,53 @@ class GenerateRequest(_message.Message):
         min_coverage: _builtins.float = ...,
         top_logprobs: _builtins.int = ...,
         request_id: _builtins.str = ...,
+        resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "context_id", b"context_id", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "min_coverage", b"min_coverage", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop_texts", b"stop_texts", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "context_id", b"context_id", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "min_coverage", b"min_coverage", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "stop_texts", b"stop_texts", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Resume(_message.Message):
+    """What a client says so that a generation can go on where its coordinator is lost. The request is
+    otherwise repeated as it was.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Random, made by the client, the same in every attempt: names the generation in the cluster."""
+    attempt: _builtins.int
+    """0 for the first attempt, one more for each later one: a later attempt takes over from earlier
+    ones, whose coordinator may only have been slow.
+    """
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of the generation that the client has; they are not sent again."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "key", b"key", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
@@ -687,6 +729,10 @@ class GenerateSummary(_message.Message):
     FULL_KV_BYTES_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     INDEX_KINDS_FIELD_NUMBER: _builtins.int
+    FAILOVERS_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    HEDGED_REQUESTS_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Why."""
     coverage: _builtins.float
@@ -697,6 +743,14 @@ class GenerateSummary(_message.Message):
     """Bytes the whole KV would take on the worker."""
     worker_id: _builtins.str
     """Worker that answered last."""
+    failovers: _builtins.int
+    """Times the generation moved to another worker or was opened anew on its nodes."""
+    recomputed_tokens: _builtins.int
+    """Tokens fed a second time for it: those that the nodes had not acknowledged."""
+    hedged_requests: _builtins.int
+    """Requests to nodes that were sent to a second one because the first was late."""
+    resumed: _builtins.int
+    """Attempts of the client before this one, at other coordinators."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Counts."""
@@ -730,10 +784,14 @@ class GenerateSummary(_message.Message):
         full_kv_bytes: _builtins.int = ...,
         worker_id: _builtins.str = ...,
         index_kinds: _abc.Iterable[_builtins.str] | None = ...,
+        failovers: _builtins.int = ...,
+        recomputed_tokens: _builtins.int = ...,
+        hedged_requests: _builtins.int = ...,
+        resumed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_work", b"prompt_work", "timing", b"timing", "usage", b"usage", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "finish_reason", b"finish_reason", "full_kv_bytes", b"full_kv_bytes", "index_kinds", b"index_kinds", "prompt_work", b"prompt_work", "resident_kv_bytes", b"resident_kv_bytes", "timing", b"timing", "usage", b"usage", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "failovers", b"failovers", "finish_reason", b"finish_reason", "full_kv_bytes", b"full_kv_bytes", "hedged_requests", b"hedged_requests", "index_kinds", b"index_kinds", "prompt_work", b"prompt_work", "recomputed_tokens", b"recomputed_tokens", "resident_kv_bytes", b"resident_kv_bytes", "resumed", b"resumed", "timing", b"timing", "usage", b"usage", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -281,7 +281,9 @@ class OpenSessionResponse(_message.Message):
     handle: _builtins.int
     """Names the session in rows. Random, never reused by the node's process."""
     stop: _builtins.int
-    """One past the last position the node holds for this session without a gap."""
+    """One past the last position the node holds for this session without a gap, and whose token is
+    the one that the record names there.
+    """
     def __init__(
         self,
         *,
@@ -307,22 +309,26 @@ class CloseSessionRequest(_message.Message):
     HANDLE_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     CAPABILITY_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """The session; 0 when `session_id` names it."""
     session_id: _builtins.str
     """Id of the session; empty when `handle` names it."""
     capability: _builtins.bytes
     """Capability to close the session; needed with `session_id`."""
+    epoch: _builtins.int
+    """With `session_id`: nothing is closed where the session's epoch is newer; 0 closes any."""
     def __init__(
         self,
         *,
         handle: _builtins.int = ...,
         session_id: _builtins.str = ...,
         capability: _builtins.bytes = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "handle", b"handle", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "epoch", b"epoch", "handle", b"handle", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -995,6 +1001,36 @@ class ShardInventory(_message.Message):
 Global___ShardInventory: _TypeAlias = ShardInventory  # noqa: Y015
 
 @_typing.final
+class SessionInventory(_message.Message):
+    """An open session on a node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    COORDINATOR_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Session id."""
+    coordinator_id: _builtins.str
+    """Coordinator that drives it."""
+    epoch: _builtins.int
+    """Fencing epoch."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        coordinator_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_id", b"coordinator_id", "epoch", b"epoch", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionInventory: _TypeAlias = SessionInventory  # noqa: Y015
+
+@_typing.final
 class InventoryResponse(_message.Message):
     """Reply to Inventory."""
 
@@ -1002,6 +1038,7 @@ class InventoryResponse(_message.Message):
 
     SHARDS_FIELD_NUMBER: _builtins.int
     SESSION_IDS_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardInventory]:
         """Shards held."""
@@ -1010,15 +1047,20 @@ class InventoryResponse(_message.Message):
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Session ids open."""
 
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionInventory]:
+        """Sessions open."""
+
     def __init__(
         self,
         *,
         shards: _abc.Iterable[Global___ShardInventory] | None = ...,
         session_ids: _abc.Iterable[_builtins.str] | None = ...,
+        sessions: _abc.Iterable[Global___SessionInventory] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_ids", b"session_ids", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_ids", b"session_ids", "sessions", b"sessions", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

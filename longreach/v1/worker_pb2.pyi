@@ -253,19 +253,23 @@ class WorkerServiceCloseSessionRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     CLOSE_ON_NODES_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     close_on_nodes: _builtins.bool
     """Also close it on the nodes; false when another worker takes it over."""
+    epoch: _builtins.int
+    """Nothing is closed where the session stands under a newer epoch; 0 closes any."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         close_on_nodes: _builtins.bool = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_on_nodes", b"close_on_nodes", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_on_nodes", b"close_on_nodes", "epoch", b"epoch", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -401,6 +405,8 @@ class StepRowResult(_message.Message):
     COVERAGE_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_STOP_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    HEDGED_REQUESTS_FIELD_NUMBER: _builtins.int
+    LAGGING_NODE_IDS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     token_id: _builtins.int
@@ -411,6 +417,8 @@ class StepRowResult(_message.Message):
     """Share of the scope whose shards answered, lowest over layers."""
     acknowledged_stop: _builtins.int
     """One past the last position acknowledged by the nodes."""
+    hedged_requests: _builtins.int
+    """Requests with this row that were sent to a second node because the first was late."""
     @_builtins.property
     def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """Most likely tokens, when asked."""
@@ -423,6 +431,10 @@ class StepRowResult(_message.Message):
     def error(self) -> _common_pb2.StreamError:
         """Set when the row failed."""
 
+    @_builtins.property
+    def lagging_node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes that miss some of the session's tail and are not asked until it is opened again."""
+
     def __init__(
         self,
         *,
@@ -434,10 +446,12 @@ class StepRowResult(_message.Message):
         coverage: _builtins.float = ...,
         acknowledged_stop: _builtins.int = ...,
         error: _common_pb2.StreamError | None = ...,
+        hedged_requests: _builtins.int = ...,
+        lagging_node_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_token_id", b"_token_id", "error", b"error", "token_id", b"token_id", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_id", b"_token_id", "acknowledged_stop", b"acknowledged_stop", "coverage", b"coverage", "error", b"error", "logprob", b"logprob", "session_id", b"session_id", "token_id", b"token_id", "top_logprobs", b"top_logprobs", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_id", b"_token_id", "acknowledged_stop", b"acknowledged_stop", "coverage", b"coverage", "error", b"error", "hedged_requests", b"hedged_requests", "lagging_node_ids", b"lagging_node_ids", "logprob", b"logprob", "session_id", b"session_id", "token_id", b"token_id", "top_logprobs", b"top_logprobs", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__token_id: _TypeAlias = _typing.Literal["token_id"]  # noqa: Y015
     _WhichOneofArgType__token_id: _TypeAlias = _typing.Literal["_token_id", b"_token_id"]  # noqa: Y015

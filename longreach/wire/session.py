@@ -111,6 +111,8 @@ def session_record_to_proto(record: SessionRecord) -> common_pb2.SessionRecord:
         stop_ids=record.stop_ids,
         stop_texts=record.stop_texts,
         max_tokens=record.max_tokens,
+        generated_ids=record.generated_ids,
+        coordinator_id=record.coordinator_id,
     )
 
 
@@ -135,6 +137,8 @@ def session_record_from_proto(msg: common_pb2.SessionRecord) -> SessionRecord:
         stop_ids=tuple(msg.stop_ids),
         stop_texts=tuple(msg.stop_texts),
         max_tokens=msg.max_tokens,
+        generated_ids=tuple(msg.generated_ids),
+        coordinator_id=msg.coordinator_id,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longreach.steps import ModelInfo, WorkerStatus
-from longreach.types import IndexStatus, NodeStats, ShardInventory
+from longreach.types import IndexStatus, NodeStats, SessionInventory, ShardInventory
 from longreach.v1 import retrieval_pb2, worker_pb2
 from longreach.wire.placement import (
     geometry_from_proto,
@@ -40,6 +40,20 @@ def index_status_from_proto(msg: retrieval_pb2.IndexStatus) -> IndexStatus:
         build_cpu_s=msg.build_cpu_s,
         error=msg.error,
     )
+
+
+def session_inventory_to_proto(inventory: SessionInventory) -> retrieval_pb2.SessionInventory:
+    """An open session on a node."""
+    return retrieval_pb2.SessionInventory(
+        session_id=inventory.session_id,
+        coordinator_id=inventory.coordinator_id,
+        epoch=inventory.epoch,
+    )
+
+
+def session_inventory_from_proto(msg: retrieval_pb2.SessionInventory) -> SessionInventory:
+    """An open session on a node."""
+    return SessionInventory(msg.session_id, msg.coordinator_id, msg.epoch)
 
 
 def shard_inventory_to_proto(inventory: ShardInventory) -> retrieval_pb2.ShardInventory:

@@ -99,6 +99,8 @@ def step_result_to_proto(result: StepRowResult) -> worker_pb2.StepRowResult:
         coverage=result.coverage,
         acknowledged_stop=result.acknowledged_stop,
         error=None if result.error is None else error_to_proto(result.error),
+        hedged_requests=result.hedged_requests,
+        lagging_node_ids=result.lagging_node_ids,
     )
 
 
@@ -113,6 +115,8 @@ def step_result_from_proto(msg: worker_pb2.StepRowResult) -> StepRowResult:
         coverage=msg.coverage,
         acknowledged_stop=msg.acknowledged_stop,
         error=error_from_proto(msg.error) if msg.HasField("error") else None,
+        hedged_requests=msg.hedged_requests,
+        lagging_node_ids=tuple(msg.lagging_node_ids),
     )
 
 

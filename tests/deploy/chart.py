@@ -28,7 +28,13 @@ MATRIX: dict[str, dict[str, Any]] = {
         "coordinator": {"replicas": 3},
         "catalog": {"existingSecret": "valkey", "key": "url"},
     },
+    "autoscaling": {
+        "coordinator": {"replicas": 2},
+        "catalog": {"url": "redis://valkey:6379/0"},
+        "retrievalNode": {"autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 8}},
+    },
     "bare": {
+        "kubernetes": {"enabled": False},
         "networkPolicy": {"enabled": False},
         "serviceAccount": {"create": False},
         "retrievalNode": {"podDisruptionBudget": {"enabled": False}, "spreadOver": []},

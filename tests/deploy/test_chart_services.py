@@ -91,14 +91,16 @@ def test_nodes_advertise_the_names_that_their_service_gives_them(
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_pods_have_no_rights_and_write_only_to_their_volumes(
+def test_only_the_coordinator_has_a_token_and_pods_write_only_to_their_volumes(
     rendered: dict[str, list[Document]], name: str
 ) -> None:
     specs = [*workloads(rendered[name]).values()]
     specs.append(only(rendered[name], "Pod", "demo-longreach-test-ask")["spec"])
     for spec in specs:
         assert spec["securityContext"]["runAsNonRoot"] is True
-        assert spec["automountServiceAccountToken"] is False
+        is_coordinator = spec["containers"][0]["name"] == "coordinator"
+        asks = is_coordinator and MATRIX[name].get("kubernetes") != {"enabled": False}
+        assert spec["automountServiceAccountToken"] is asks
         mounted = {volume["name"] for volume in spec["volumes"]}
         for container in spec["containers"]:
             security = container["securityContext"]

@@ -159,6 +159,8 @@ def test_defaults_of_the_chart_are_defaults_of_the_services(
         config = settings.SERVICES[service]
         read: Any = read_config(config, service, [], environment(spec["containers"][0]))
         for field in settings.settings_of(service):
+            if (service, field.name) == ("retrievalNode", "zone"):
+                continue  # empty takes that of the pod's machine
             assert getattr(read, field.name) == field.default, f"{service}.{field.name}"
 
 

@@ -161,7 +161,12 @@ def test_the_worker_cannot_answer_when_the_nodes_are_stopped(
 ) -> None:
     with (
         LocalCluster(
-            tiny_model("llama"), nodes=2, data_dir=tmp_path, worker_flags=WORKER_FLAGS, tls=True
+            tiny_model("llama"),
+            nodes=2,
+            data_dir=tmp_path,
+            worker_flags=WORKER_FLAGS,
+            coordinator_flags={"failover_patience_s": 3},
+            tls=True,
         ) as cluster,
         cluster.client(timeout_s=60) as client,
     ):

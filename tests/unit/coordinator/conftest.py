@@ -143,7 +143,12 @@ async def running_world(world: World) -> AsyncGenerator[World, None]:
 def new_world(**settings: Any) -> World:
     """A world of two nodes and a worker."""
     nodes = {name: FakeNode(name) for name in ("node-0", "node-1")}
-    fields = {"listen": "127.0.0.1:0", "cluster_secret": SECRET, "drain_grace_s": 5.0}
+    fields = {
+        "listen": "127.0.0.1:0",
+        "cluster_secret": SECRET,
+        "drain_grace_s": 5.0,
+        "failover_patience_s": 1.0,
+    }
     return World(CoordinatorConfig(**(fields | settings)), nodes, {"worker-0": FakeWorker(nodes)})
 
 

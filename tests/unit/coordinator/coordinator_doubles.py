@@ -143,6 +143,12 @@ class FakeNode(retrieval_pb2_grpc.RetrievalServiceServicer):
         return retrieval_pb2.InventoryResponse(
             shards=[wire.shard_inventory_to_proto(item) for item in found],
             session_ids=self.session_ids,
+            sessions=[
+                retrieval_pb2.SessionInventory(
+                    session_id=each, coordinator_id=each.removeprefix("ses-").rpartition("-")[0]
+                )
+                for each in self.session_ids
+            ],
         )
 
 
@@ -171,7 +177,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     cancelled_prefills: int = 0
     prefill_gate: threading.Event = field(default_factory=threading.Event)
     step_gate: threading.Event = field(default_factory=threading.Event)
+    frozen: threading.Event = field(default_factory=threading.Event)
     fail_opens: int = 0
+    nodes_hold: int = 0
     fail_rows_of: set[str] = field(default_factory=set)
     address: str = ""
     server: grpc.Server | None = None
@@ -230,13 +238,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             session_id=record.session_id,
         )
         tokens = self.contexts[record.context_id] if record.context_id else []
-        self.sessions[record.session_id] = FakeSession(
-            tokens[: record.context_stop], record.context_stop
-        )
+        held = [*tokens[: record.context_stop], *record.known_ids[: self.nodes_hold]]
+        self.sessions[record.session_id] = FakeSession(held, len(held))
         self.opened.append(record.session_id)
-        return worker_pb2.WorkerServiceOpenSessionResponse(
-            stop=record.context_stop, resident_bytes=4096
-        )
+        return worker_pb2.WorkerServiceOpenSessionResponse(stop=len(held), resident_bytes=4096)
 
     @map_errors
     def CloseSession(self, request: Any, context: Any) -> Any:
@@ -260,6 +265,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     @map_errors
     def Status(self, request: Any, context: Any) -> Any:
+        while self.frozen.is_set() and context.is_active():
+            time.sleep(0.01)
         return wire.worker_status_to_proto(self.status())
 
     def _row(self, row: StepRow) -> StepRowResult:

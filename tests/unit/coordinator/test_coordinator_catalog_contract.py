@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 
-from coordinator.catalog.base import Conflict, ContextRecord, ContextState
+from coordinator.catalog.base import Conflict, ContextRecord, ContextState, Lease
 from coordinator.catalog.redis import LEASE_TTL_S, RedisCatalog
 from coordinator.catalog.sqlite import SqliteCatalog
 from longreach.errors import InvalidRequest, Unavailable
@@ -161,6 +161,18 @@ async def test_an_older_leaders_writes_are_refused(catalog):
         await catalog.put_nodes({}, epoch=epoch)
     assert (await catalog.get("ctx-1")).name == RECORD.name
     assert await catalog.nodes() == {"n2": "h:3"}
+
+
+async def test_a_leader_that_was_elected_elsewhere_leads_under_its_epoch(catalog):
+    own = (await catalog.beat("a", 0)).lease.epoch
+    elsewhere = Lease("b", own + 3, 7.5)
+    assert (await catalog.beat("a", 0, lease=elsewhere)).lease == elsewhere
+    await catalog.put_nodes({"n1": "h:1"}, epoch=own + 3)
+    with pytest.raises(Conflict, match="has passed"):
+        await catalog.put_nodes({}, epoch=own)
+    late = await catalog.beat("a", 0, lease=Lease("a", own + 2, 7.5))
+    assert late.lease == Lease("a", own + 3, 0.0), "an epoch that has passed gets no time"
+    assert (await catalog.beat("a", 0, lease=Lease("", own + 3, 0.0))).lease.holder == ""
 
 
 async def test_the_embedded_catalogs_epoch_grows_with_every_start(tmp_path):

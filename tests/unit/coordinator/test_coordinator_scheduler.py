@@ -160,7 +160,7 @@ async def test_a_lost_worker_ends_every_session_and_is_reported_once():
     runs = [_run(loop, _generation(name, [3])) for name in ("a", "b")]
     ends = await asyncio.gather(*runs, return_exceptions=True)
     assert [type(end) for end in ends] == [Unavailable, Unavailable]
-    assert reported == [worker.lost]
+    assert [(each.message, each.reason) for each in reported] == [("gone", "WORKER_LOST")]
     worker.lost = None
     assert await _run(loop, _generation("c", [3])) == answer([3], 4)
 

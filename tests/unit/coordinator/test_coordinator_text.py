@@ -105,7 +105,7 @@ async def test_a_frozen_worker_is_given_up_when_it_counts_as_dead(monkeypatch):
         world.silent.add("worker-0")
         error = await raised(call)
         assert isinstance(error, Unavailable)
-        assert error.reason == "WORKER_LOST"
+        assert error.reason == "NO_WORKER"
         worker.step_gate.set()
         world.silent.clear()
         await world.beat()

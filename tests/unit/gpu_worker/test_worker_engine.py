@@ -267,7 +267,8 @@ def test_closing_a_session_closes_it_on_its_nodes_when_asked() -> None:
         for session_id, close_on_nodes in [("kept", False), ("closed", True)]:
             nodes.open(engine, to, CONTEXT, session_id)
             engine.close_session(session_id, close_on_nodes)
-        assert nodes.nodes["n0"].store.inventory("")[1] == ["kept"]
+            held = [each.session_id for each in nodes.nodes["n0"].store.inventory("")[1]]
+            assert held == ["kept"]
 
 
 def test_progress_rises_and_ends_with_a_summary() -> None:

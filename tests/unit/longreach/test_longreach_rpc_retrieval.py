@@ -25,6 +25,7 @@ from longreach.types import (
     LayerGeometry,
     NodeStats,
     QuerySample,
+    SessionInventory,
     SessionRecord,
     Shard,
     ShardInventory,
@@ -41,6 +42,7 @@ IDENTITY = Identity("m", "r", "float16", tenant="t")
 SHARD = Shard("s-0", Span(0, 64), (0, 1), 0, 2, ("n1",))
 GEOMETRY = (LayerGeometry(0, 4, 2, 8, 8), LayerGeometry(1, 4, 2, 8, 8))
 RECORD = SessionRecord("s-1", "ctx-1", 64, "t", 3)
+SESSIONS = [SessionInventory("s-1", "c-0", 3), SessionInventory("s-2", "c-1", 1)]
 STATS = NodeStats(1, 2, 3, 4, 5, 6, 7, WorkFigures(8), "avx2")
 INVENTORY = ShardInventory(
     "ctx-1", SHARD, IDENTITY, True, 77, 4096, IndexStatus("flat", "graph", 1, 2, 3), False
@@ -114,7 +116,8 @@ class Node(RetrievalServiceServicer):
     def Inventory(self, request, context):
         self.asked = request
         return pb.InventoryResponse(
-            shards=[wire.shard_inventory_to_proto(INVENTORY)], session_ids=["s-1", "s-2"]
+            shards=[wire.shard_inventory_to_proto(INVENTORY)],
+            sessions=[wire.session_inventory_to_proto(each) for each in SESSIONS],
         )
 
     @map_errors
@@ -250,7 +253,7 @@ def test_attend_once_answers_rows_outside_any_stream(client):
 def test_drop_inventory_and_stats(client, node):
     assert client.drop("ctx-1", b"cap") == 456
     assert node.asked.capability == b"cap"
-    assert client.inventory("ctx-1") == ([INVENTORY], ["s-1", "s-2"])
+    assert client.inventory("ctx-1") == ([INVENTORY], SESSIONS)
     assert node.asked.context_id == "ctx-1"
     assert client.stats() == STATS
 
@@ -265,7 +268,7 @@ def test_a_bug_in_the_node_is_internal_and_keeps_its_text_to_itself(client, capl
 async def test_the_coordinators_client_does_the_same_without_blocking(node):
     client = AsyncNodeClient(node.address)
     assert await client.drop("ctx-1", b"cap") == 456
-    assert await client.inventory() == ([INVENTORY], ["s-1", "s-2"])
+    assert await client.inventory() == ([INVENTORY], SESSIONS)
     assert await client.stats() == STATS
     with pytest.raises(Internal, match="RuntimeError"):
         await client.drop("broken", b"")

@@ -18,6 +18,7 @@ from node_harness import (
 from longreach.errors import NotFound, PermissionDenied
 from longreach.rpc.retrieval import AsyncNodeClient
 from longreach.security import Capability, sign
+from longreach.types import SessionInventory
 from retrieval_node.server import start_server
 
 
@@ -39,10 +40,22 @@ def test_a_session_is_closed_by_its_id_where_its_handle_was_lost(sequence):
     assert store.append(sequence.entry(handle, 20, 24))[1] is None
     held = store.stats().tail_bytes
     assert store.close_session_id("s1", close_capability("s1")) == held
-    assert store.inventory()[1] == ["s2"]
+    assert store.inventory()[1] == [SessionInventory("s2", "", 1)]
     with pytest.raises(NotFound):
         store.close_session(handle)
     assert store.close_session_id("s1", close_capability("s1")) == 0
+
+
+def test_closing_by_id_leaves_what_was_taken_over_since(sequence):
+    store = make_store()
+    put(store, sequence, sequence.shard(0, 20))
+    open_session(store, sequence, 20)
+    handle, _ = open_session(store, sequence, 20, epoch=3)
+    store.append(sequence.entry(handle, 20, 24, epoch=3))
+    assert store.close_session_id("s1", close_capability("s1"), 2) == 0
+    assert store.inventory()[1] == [SessionInventory("s1", "", 3)]
+    assert store.close_session_id("s1", close_capability("s1"), 3) > 0
+    assert store.inventory()[1] == []
 
 
 def test_closing_by_id_needs_leave_to_close_that_session(sequence):
@@ -59,7 +72,7 @@ def test_closing_by_id_needs_leave_to_close_that_session(sequence):
     ):
         with pytest.raises(PermissionDenied):
             store.close_session_id("s1", wrong)
-    assert store.inventory()[1] == ["s1"]
+    assert store.inventory()[1] == [SessionInventory("s1", "", 1)]
 
 
 async def test_the_coordinator_s_client_closes_a_session_by_id(sequence):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -108,6 +109,28 @@ def test_a_newer_epoch_truncates_at_its_start(store, sequence):
     read = tail_bytes(store, newer, Span(40, 60))
     assert read[: len(stored(sequence, Span(40, 46)))] == stored(sequence, Span(40, 46))
     assert len(read) == len(stored(sequence, Span(40, 48)))
+
+
+def test_a_takeover_stands_where_the_tokens_it_knows_end(store, sequence):
+    handle, _ = open_session(store, sequence, 40)
+    entry = sequence.entry(handle, 40, 50)
+    store.append(entry)
+
+    def stop(epoch, known):
+        record = dataclasses.replace(
+            session_record(40, epoch), prompt_ids=known[:2], generated_ids=known[2:]
+        )
+        capability = read_capability(record)
+        shards = [sequence.shard()]
+        return store.open_session(capability, record, sequence.identity, shards, sequence.geometry)[
+            1
+        ]
+
+    ids = tuple(entry.token_ids)
+    assert stop(2, ids) == 50
+    assert stop(3, (*ids, 7)) == 50
+    assert stop(4, ids[:6]) == 46
+    assert stop(5, (*ids[:4], ids[4] + 1, *ids[5:])) == 44
 
 
 def test_a_takeover_fences_the_older_worker_everywhere(store, sequence):
@@ -315,11 +338,11 @@ def test_a_dropped_context_ends_its_sessions_and_frees_their_tails(store, sequen
     alone, _ = open_session(store, sequence, 0, session_id="alone")
     store.append(sequence.entry(handle, 40, 50))
     store.append(sequence.entry(alone, 0, 5))
-    assert store.inventory()[1] == ["alone", "s1"]
+    assert [each.session_id for each in store.inventory()[1]] == ["alone", "s1"]
     store.drop("ctx-test", write_capability())
     assert isinstance(store.append(sequence.entry(handle, 50, 51))[1], NotFound)
     assert store.append(sequence.entry(alone, 5, 6)) == (6, None)
-    assert store.inventory()[1] == ["alone"]
+    assert [each.session_id for each in store.inventory()[1]] == ["alone"]
 
 
 @pytest.mark.parametrize(
@@ -397,4 +420,4 @@ def test_idle_sessions_are_closed_and_used_ones_are_not(sequence):
     store.append(sequence.entry(used, 40, 41))
     clock.now += 20
     store.expire(1e9, 60)
-    assert store.inventory()[1] == ["used"]
+    assert [each.session_id for each in store.inventory()[1]] == ["used"]

@@ -44,6 +44,15 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- end -}}
 {{- end -}}
 
+{{/* The coordinator's account: with rights, so one of its own. */}}
+{{- define "longreach.coordinatorAccount" -}}
+{{- if and .Values.serviceAccount.create .Values.kubernetes.enabled -}}
+{{- printf "%s-coordinator" (include "longreach.serviceAccount" .) -}}
+{{- else -}}
+{{- include "longreach.serviceAccount" . -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "longreach.secretName" -}}
 {{- default (printf "%s-cluster" (include "longreach.fullname" .)) .Values.clusterSecret.existingSecret -}}
 {{- end -}}
@@ -119,6 +128,34 @@ is ready, which it becomes only once they have reported. */}}
 {{- end }}
 {{- end -}}
 
+{{/* What the coordinator asks of the Kubernetes API. One coordinator needs no election. */}}
+{{- define "longreach.kubernetesEnvironment" -}}
+{{- $name := include "longreach.fullname" . -}}
+{{- $scaling := .Values.retrievalNode.autoscaling -}}
+{{- if .Values.kubernetes.enabled }}
+- name: LONGREACH_KUBERNETES_NODE_SERVICE
+  value: {{ $name }}-nodes
+{{- if gt (int .Values.coordinator.replicas) 1 }}
+- name: LONGREACH_KUBERNETES_LEASE
+  value: {{ $name }}-leader
+{{- end }}
+{{- if $scaling.enabled }}
+- name: LONGREACH_KUBERNETES_NODE_SET
+  value: {{ $name }}-node
+- name: LONGREACH_SCALE_NODES_MIN
+  value: {{ $scaling.minReplicas | quote }}
+- name: LONGREACH_SCALE_NODES_MAX
+  value: {{ $scaling.maxReplicas | quote }}
+- name: LONGREACH_SCALE_OUT_ABOVE
+  value: {{ $scaling.outAbove | quote }}
+- name: LONGREACH_SCALE_IN_BELOW
+  value: {{ $scaling.inBelow | quote }}
+- name: LONGREACH_SCALE_IN_AFTER_S
+  value: {{ include "longreach.text" $scaling.inAfterSeconds | quote }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* Ports of a container. Call with (list . port). */}}
 {{- define "longreach.ports" -}}
 {{- $root := index . 0 -}}
@@ -163,10 +200,14 @@ capabilities:
 
 {{/* What every pod's spec begins with. Call with (list . section). */}}
 {{- define "longreach.podSpec" -}}
+serviceAccountName: {{ include "longreach.serviceAccount" (index . 0) }}
+automountServiceAccountToken: false
+{{ include "longreach.podSpecOfAnyAccount" . }}
+{{- end -}}
+
+{{- define "longreach.podSpecOfAnyAccount" -}}
 {{- $root := index . 0 -}}
 {{- $section := index . 1 -}}
-serviceAccountName: {{ include "longreach.serviceAccount" $root }}
-automountServiceAccountToken: false
 enableServiceLinks: false
 securityContext:
   runAsNonRoot: true

@@ -1,0 +1,138 @@
+"""Generations outlive their worker, their coordinator and their nodes: real processes, mutual TLS.
+
+Every answer is compared with that of the same question before anything was harmed.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from longreach.local_cluster import LocalCluster
+from longreach.sdk import Client
+from longreach.sdk.client import TokenStream
+from tests.e2e.conftest import WORKER_FLAGS
+from tests.e2e.test_e2e_exactness import random_ids
+from tests.e2e.test_e2e_sessions import wait_until
+
+pytestmark = pytest.mark.cluster
+
+VOCAB = 512
+QUESTION = [9, 8, 7, 6, 5]
+TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalCluster]:
+    """Two nodes and two workers; the tests bring back what they take away."""
+    with LocalCluster(
+        tiny_model("llama"),
+        nodes=2,
+        workers=2,
+        data_dir=tmp_path_factory.mktemp("failover"),
+        worker_flags=WORKER_FLAGS,
+        tls=True,
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with cluster.client(timeout_s=120) as client:
+        yield client
+        wait_until(lambda: alive(client) == 4, "every member coming back")
+
+
+def alive(client: Client) -> int:
+    return sum(member.state == "alive" for member in client.status().members)
+
+
+def sessions(client: Client) -> int:
+    return sum(member.sessions for member in client.status().members)
+
+
+def start(client: Client, context: str, **options: object) -> TokenStream:
+    keywords: dict[str, object] = {
+        "context": context,
+        "max_tokens": TOKENS,
+        "budget": "exact",
+        "ignore_eos": True,
+    }
+    return client.stream(QUESTION, **(keywords | options))  # type: ignore[arg-type]
+
+
+def expected(client: Client, context: str, **options: object) -> list[int]:
+    return [token.id for token in start(client, context, **options)]
+
+
+def busy_worker(client: Client) -> str:
+    (busy,) = [m.id for m in client.status().members if m.kind == "worker" and m.sessions]
+    return busy
+
+
+def test_a_worker_killed_in_mid_stream_is_replaced_and_the_client_sees_the_same_tokens(
+    cluster: LocalCluster, client: Client
+) -> None:
+    context = client.contexts.create(tokens=random_ids(700, VOCAB, 1)).id
+    whole = expected(client, context)
+    stream = start(client, context)
+    got = [next(stream).id for _ in range(100)]
+    worker = busy_worker(client)
+    cluster.process(worker).kill()
+    killed = time.monotonic()
+    got.append(next(stream).id)
+    got += [token.id for token in stream]
+    assert got == whole
+    assert stream.summary.failovers == 1
+    assert stream.summary.worker_id != worker
+    assert stream.summary.coverage == 1.0
+    assert time.monotonic() - killed < 60
+    cluster.restart(worker)
+    wait_until(lambda: sessions(client) == 0, "closing what the killed worker left")
+
+
+def test_a_frozen_worker_is_left_and_fenced_off_when_it_wakes(
+    cluster: LocalCluster, client: Client
+) -> None:
+    context = client.contexts.create(tokens=random_ids(700, VOCAB, 2)).id
+    whole = expected(client, context, temperature=1.0, seed=7)
+    stream = start(client, context, temperature=1.0, seed=7)
+    got = [next(stream).id for _ in range(100)]
+    worker = cluster.process(busy_worker(client))
+    worker.send_signal(signal.SIGSTOP)
+    try:
+        while len(got) < 200:  # Some may have been on their way already.
+            got.append(next(stream).id)
+    finally:
+        worker.send_signal(signal.SIGCONT)
+    got += [token.id for token in stream]
+    assert got == whole
+    assert stream.summary.failovers == 1
+    wait_until(lambda: sessions(client) == 0, "closing what the frozen worker had")
+
+
+def test_the_only_worker_restarts_and_the_generation_goes_on_there(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with (
+        LocalCluster(
+            tiny_model("llama"), nodes=2, data_dir=tmp_path, worker_flags=WORKER_FLAGS, tls=True
+        ) as cluster,
+        cluster.client(timeout_s=120) as client,
+    ):
+        context = client.contexts.create(tokens=random_ids(600, VOCAB, 3)).id
+        whole = expected(client, context)
+        stream = start(client, context)
+        got = [next(stream).id for _ in range(60)]
+        cluster.process("worker-0").kill()
+        cluster.restart("worker-0")
+        got += [token.id for token in stream]
+        assert got == whole
+        assert stream.summary.failovers >= 1
+        wait_until(lambda: sessions(client) == 0, "closing the session")
