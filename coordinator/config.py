@@ -10,6 +10,9 @@ from longreach.errors import InvalidRequest
 from longreach.security.tls import TlsSettings
 from longreach.types import Budget
 
+REPLICAS_MAX = 8
+"""Most copies of a context; each takes its K, V and indexes, and every new token's."""
+
 
 @dataclass(frozen=True)
 class CoordinatorConfig(KubernetesSettings, TlsSettings):
@@ -50,6 +53,11 @@ class CoordinatorConfig(KubernetesSettings, TlsSettings):
         "mass=0.98[64,4096] or beta=8, with +tail for the tail estimate.",
     )
     placement: str = setting("auto", "Placement policy of contexts that name none.")
+    replicas: int = setting(
+        2,
+        "Copies of each context that names no number, on distinct nodes; fewer where there are "
+        "fewer nodes or their memory does not allow it.",
+    )
     index_reserve: float = setting(
         0.25, "Room for indexes kept free beside a new context, as a share of its K and V bytes."
     )
@@ -97,6 +105,8 @@ class CoordinatorConfig(KubernetesSettings, TlsSettings):
         ):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 1 <= self.replicas <= REPLICAS_MAX:
+            raise InvalidRequest(f"replicas is {self.replicas}; it must be in [1, {REPLICAS_MAX}]")
         if self.max_waiting < 0:
             raise InvalidRequest(f"max_waiting is {self.max_waiting}; it must be 0 or more")
         if self.failover_patience_s < 0:

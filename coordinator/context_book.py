@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from coordinator.catalog.base import Beat, Catalog, Conflict, ContextRecord
@@ -49,6 +52,8 @@ class ContextBook:
         self._leadership = Leadership(name)
         self._revisions: dict[str, int] = {}
         self._unwritten: set[str] = set()
+        self._writing: dict[str, asyncio.Lock] = {}
+        self._writers: Counter[str] = Counter()
         self._heard = 0
         self._generation = ""
         self._present: frozenset[str] = frozenset()
@@ -83,9 +88,10 @@ class ContextBook:
         Raises Conflict when another one stores or changed it, Unavailable without the catalog.
         """
         context_id = record.context_id
-        self._revisions[context_id] = await self._catalog.put(
-            record, token_ids, expected=self._revisions.get(context_id, 0)
-        )
+        async with self._turn(context_id):
+            self._revisions[context_id] = await self._catalog.put(
+                record, token_ids, expected=self._revisions.get(context_id, 0)
+            )
 
     async def write(self, record: ContextRecord, *, epoch: int = 0) -> None:
         """Writes a record to the catalog only, later if it does not answer now.
@@ -94,13 +100,31 @@ class ContextBook:
         """
         context_id = record.context_id
         try:
-            self._revisions[context_id] = await self._catalog.put(
-                record, expected=self._revisions.get(context_id, 0), epoch=epoch
-            )
+            async with self._turn(context_id):
+                self._revisions[context_id] = await self._catalog.put(
+                    record, expected=self._revisions.get(context_id, 0), epoch=epoch
+                )
             self._unwritten.discard(context_id)
+        except Conflict:
+            self._heard = 0  # so that the next news bring the record that is stored
+            raise
         except Unavailable as error:
             self._unwritten.add(context_id)
             _log.warning("context %s will be written later: %s", context_id, error)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, context_id: str) -> AsyncIterator[None]:
+        """One write of a context at a time, in the order of the calls: the second must expect the
+        revision that the first got, or it would conflict with this coordinator itself."""
+        lock = self._writing.setdefault(context_id, asyncio.Lock())
+        self._writers[context_id] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._writers[context_id] -= 1
+            if not self._writers[context_id]:
+                del self._writers[context_id], self._writing[context_id]
 
     async def token_ids(self, context_id: str) -> tuple[int, ...] | None:
         """A context's tokens, or None where they are not known."""
@@ -155,11 +179,15 @@ class ContextBook:
             self._generation = beat.generation
             await self._restore()
             beat = await self._beat()
+        self._heard = beat.revision
         await self._make_up()
+        # What is being written here is no news, though the catalog may have it already.
         changed = [
             self._take(record, number)
             for record, number in beat.records
-            if number > self._revisions.get(record.context_id, 0) and not is_own(record.context_id)
+            if number > self._revisions.get(record.context_id, 0)
+            and not is_own(record.context_id)
+            and record.context_id not in self._writers
         ]
         removed = [
             context_id
@@ -170,7 +198,6 @@ class ContextBook:
             self._revisions.pop(context_id, None)
         gone = {context_id for context_id, _ in beat.removed}
         self.tombstones |= gone - self.records.keys() | set(removed)
-        self._heard = beat.revision
         await self._publish_nodes()
         return News(tuple(changed), tuple(removed), bool(self.epoch()) and self.epoch() != before)
 

@@ -40,17 +40,18 @@ from coordinator.settling import Settling
 from coordinator.sweeper import Sweeper
 from longreach.errors import Aborted, FailedPrecondition, LongreachError, Unavailable
 from longreach.steps import ModelInfo
-from longreach.types import Identity, SessionInventory, ShardMap, Span, storage_dtype
+from longreach.types import Identity, SessionInventory, Shard, ShardMap, Span, storage_dtype
 
 STORE_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ContextView:
-    """A context with the state of its index."""
+    """A context with the state of its index, and the shards with fewer copies than wanted."""
 
     record: ContextRecord
     index: IndexSummary
+    under_replicated: tuple[Shard, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class _Wanted:
     token_ids: Sequence[int]
     name: str
     placement: str
+    replicas: int
 
 
 class Contexts:
@@ -171,18 +173,24 @@ class Contexts:
         """What the largest context lacked that was refused for want of memory since last asked."""
         return self._filling.refusals.take()
 
+    @property
+    def segments_under_replicated(self) -> int:
+        """How many shards, of all contexts, have fewer copies within reach than are wanted."""
+        stored = [record for record in self._book.records.values() if not record.filling]
+        return sum(len(self._holdings.under_replicated(record)) for record in stored)
+
     async def views(self) -> list[ContextView]:
         """Every context of the tenant with the progress of its index, newest first."""
         own = [r for r in self._book.records.values() if r.identity.tenant == self.tenant]
         newest = sorted(own, key=lambda record: -record.created_at)
         indexes = await self._index.of_all(newest)
-        return [ContextView(self._readdressed(r), indexes[r.context_id]) for r in newest]
+        return [self._view(record, indexes[record.context_id]) for record in newest]
 
     async def view(self, context_id: str) -> ContextView:
         """One context with the progress of its index; raises NotFound."""
         await self.following.look_up(context_id)
-        record = self._readdressed(self._book.find(context_id, self.tenant))
-        return ContextView(record, await self._index.of(record))
+        record = self._book.find(context_id, self.tenant)
+        return self._view(record, await self._index.of(self._readdressed(record)))
 
     async def ready(self, context_id: str) -> ContextRecord:
         """A context to generate on; raises what says why it cannot be used."""
@@ -235,13 +243,25 @@ class Contexts:
         model = self._models.choose(request.model)
         token_ids = await self._models.encode(model, request.prompt, starts=True)
         async with contextlib.aclosing(
-            self.store(model, token_ids, name=request.name, placement=request.placement)
+            self.store(
+                model,
+                token_ids,
+                name=request.name,
+                placement=request.placement,
+                replicas=request.replicas,
+            )
         ) as progress:
             async for each in progress:
                 yield each
 
     async def store(
-        self, model: ModelInfo, token_ids: Sequence[int], *, name: str = "", placement: str = ""
+        self,
+        model: ModelInfo,
+        token_ids: Sequence[int],
+        *,
+        name: str = "",
+        placement: str = "",
+        replicas: int = 0,
     ) -> AsyncGenerator[ContextProgress, None]:
         """Finds the context of these tokens, joins the one who is storing it, or stores it.
 
@@ -252,7 +272,12 @@ class Contexts:
         check_token_ids(token_ids, model)
         identity = dataclasses.replace(model.identity, tenant=self.tenant)
         wanted = _Wanted(
-            tenancy.context_id(identity, token_ids), identity, token_ids, name, placement
+            tenancy.context_id(identity, token_ids),
+            identity,
+            token_ids,
+            name,
+            placement or self._config.placement,
+            replicas or self._config.replicas,
         )
         for attempt in range(1, STORE_ATTEMPTS + 1):
             try:
@@ -282,8 +307,14 @@ class Contexts:
                 yield ContextProgress(self._readdressed(known), found=True)
                 return
             to_place = _to_place(context_id, Span(0, len(token_ids)), model, len(token_ids))
-            policy = wanted.placement or self._config.placement
-            order = Order(to_place, wanted.identity, tuple(token_ids), wanted.name, policy)
+            order = Order(
+                to_place,
+                wanted.identity,
+                tuple(token_ids),
+                wanted.name,
+                wanted.placement,
+                wanted.replicas,
+            )
             fill = self._filling.begin(order)
         async with contextlib.aclosing(fill.watch()) as watch:
             async for record in watch:
@@ -327,7 +358,12 @@ class Contexts:
     def place_tail(self, session_id: str, model: ModelInfo, tokens: int) -> ShardMap:
         """Where a session without a context keeps the KV of its tokens."""
         to_place = _to_place(session_id, Span(0, 0), model, tokens)
-        return place(to_place, self._filling.view(), self._config.placement)
+        return place(
+            to_place,
+            self._filling.view(),
+            self._config.placement,
+            replicas=self._config.replicas,
+        )
 
     def check_tail(self, record: ContextRecord, model: ModelInfo, tokens: int) -> None:
         """Raises ResourceExhausted when the context's nodes lack room for a session's tokens."""
@@ -344,6 +380,10 @@ class Contexts:
     def _filled(self, record: ContextRecord, token_ids: tuple[int, ...], worker_id: str) -> None:
         self._prefixes.add(record.context_id, record.identity, token_ids)
         self.used_by(record.context_id, worker_id)
+
+    def _view(self, record: ContextRecord, index: IndexSummary) -> ContextView:
+        lacking = () if record.filling else tuple(self._holdings.under_replicated(record))
+        return ContextView(self._readdressed(record), index, lacking)
 
     def _readdressed(self, record: ContextRecord) -> ContextRecord:
         return dataclasses.replace(record, shard_map=self._cluster.readdress(record.shard_map))

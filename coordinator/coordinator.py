@@ -52,7 +52,11 @@ _DOWN = (Change.DIED, Change.LEFT, Change.FORGOTTEN)
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """Members and load at `now` (monotonic seconds, the clock of Member.seen_at)."""
+    """Members and load at `now` (monotonic seconds, the clock of Member.seen_at).
+
+    `segments_under_replicated` counts shards, of all contexts, of which fewer copies can be
+    reached than are wanted.
+    """
 
     members: tuple[Member, ...]
     now: float
@@ -62,6 +66,7 @@ class ClusterStatus:
     waiting: int
     models: tuple[str, ...]
     version: str
+    segments_under_replicated: int
 
 
 class Coordinator:
@@ -158,6 +163,7 @@ class Coordinator:
             waiting=self.sessions.waiting,
             models=tuple(sorted(self._models.served())),
             version=longreach.__version__,
+            segments_under_replicated=self.contexts.segments_under_replicated,
         )
 
     async def drain(self) -> None:

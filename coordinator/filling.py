@@ -29,13 +29,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A context to store: what is placed where, for whom, and its tokens."""
+    """A context to store: what is placed where, in how many copies, for whom, and its tokens."""
 
     to_place: ContextToPlace
     identity: Identity
     token_ids: tuple[int, ...]
     name: str
     policy: str
+    replicas: int = 1
 
 
 class Filling:
@@ -109,6 +110,7 @@ class Filling:
             created_at=time.time(),
             shard_map=shard_map,
             owner=self._book.name,
+            replicas=order.replicas,
         )
         stale = self._book.records.get(context_id)
         self._book.show(record)
@@ -120,7 +122,7 @@ class Filling:
     def _place(self, order: Order) -> ShardMap:
         view = self.view()
         try:
-            return place(order.to_place, view, order.policy, self._index_reserve)
+            return place(order.to_place, view, order.policy, self._index_reserve, order.replicas)
         except ResourceExhausted:
             needed_bytes = order.to_place.room_bytes * (1 + self._index_reserve)
             self.refusals.note(int(needed_bytes), view)

@@ -85,6 +85,18 @@ class Holdings:
             if not any(self.holds(n, record.context_id, shard) for n in shard.node_ids)
         ]
 
+    def copies(self, record: ContextRecord, shard: Shard) -> list[str]:
+        """The nodes of a shard's map entry that hold it, in the map's order."""
+        return [n for n in shard.node_ids if self.holds(n, record.context_id, shard)]
+
+    def under_replicated(self, record: ContextRecord) -> list[Shard]:
+        """Shards of which fewer copies are known than are wanted."""
+        return [
+            shard
+            for shard in record.shard_map.shards
+            if len(self.copies(record, shard)) < record.replicas
+        ]
+
     def unknown(self, known: Collection[str]) -> dict[str, dict[str, list[ShardInventory]]]:
         """Inventories, by context and node, of contexts that are not among the known ones."""
         found: dict[str, dict[str, list[ShardInventory]]] = {}

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coordinator.config import REPLICAS_MAX
 from coordinator.failover import ATTEMPTS_MAX
 from longreach.errors import InvalidRequest, NotFound, Unavailable
 from longreach.steps import ModelInfo
@@ -31,12 +32,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class NewContext:
-    """A context to store. `model` and `placement` may be empty: the served one, the planner's."""
+    """A context to store. `model` and `placement` may be empty: the served one, the planner's.
+    `replicas` 0 means the server's default."""
 
     prompt: Prompt
     model: str = ""
     name: str = ""
     placement: str = ""
+    replicas: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,11 @@ def check_new_context(request: NewContext, placements: Sequence[str]) -> None:
         raise InvalidRequest(
             f"unknown placement policy {request.placement!r}; known: {', '.join(placements)}",
             reason="UNKNOWN_NAME",
+        )
+    if not 0 <= request.replicas <= REPLICAS_MAX:
+        raise InvalidRequest(
+            f"replicas is {request.replicas}; it must be in [1, {REPLICAS_MAX}], and 0 means the "
+            "server's default"
         )
 
 

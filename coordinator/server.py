@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -28,7 +28,7 @@ from longreach.rpc.status import map_errors
 from longreach.rpc.tls import open_port, peer_of
 from longreach.security.peers import Role
 from longreach.security.tls import TlsFiles
-from longreach.types import SamplingParams
+from longreach.types import SamplingParams, Shard
 from longreach.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 GENERATION = "longreach.v1.GenerationService"
@@ -115,7 +115,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.GetContextResponse:
         """One context."""
         view = await self._coordinator.contexts.view(request.context_id)
-        return generation_pb2.GetContextResponse(context=_context(view.record, view.index))
+        return generation_pb2.GetContextResponse(
+            context=_context(view.record, view.index, view.under_replicated)
+        )
 
     @map_errors
     async def ListContexts(  # noqa: N802
@@ -124,7 +126,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """All contexts."""
         views = await self._coordinator.contexts.views()
         return generation_pb2.ListContextsResponse(
-            contexts=[_context(view.record, view.index) for view in views]
+            contexts=[_context(view.record, view.index, view.under_replicated) for view in views]
         )
 
     @map_errors
@@ -159,6 +161,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             waiting=status.waiting,
             models=status.models,
             version=status.version,
+            segments_under_replicated=status.segments_under_replicated,
         )
 
 
@@ -274,7 +277,7 @@ async def _new_context(
     if texts and token_ids:
         raise InvalidRequest("text and token ids are mixed in one context; send one kind")
     prompt = Prompt(token_ids=tuple(token_ids)) if token_ids else Prompt(text="".join(texts))
-    return NewContext(prompt, options.model, options.name, options.placement)
+    return NewContext(prompt, options.model, options.name, options.placement, options.replicas)
 
 
 def _generate_params(request: generation_pb2.GenerateRequest) -> GenerateParams:
@@ -306,7 +309,11 @@ def _generate_params(request: generation_pb2.GenerateRequest) -> GenerateParams:
 # Encoding.
 
 
-def _context(record: ContextRecord, index: IndexSummary | None = None) -> generation_pb2.Context:
+def _context(
+    record: ContextRecord,
+    index: IndexSummary | None = None,
+    under_replicated: Sequence[Shard] = (),
+) -> generation_pb2.Context:
     index = index or IndexSummary()
     return generation_pb2.Context(
         context_id=record.context_id,
@@ -324,6 +331,8 @@ def _context(record: ContextRecord, index: IndexSummary | None = None) -> genera
         prefill_s=record.prefill_s,
         shard_map=wire.shard_map_to_proto(record.shard_map),
         error=record.error,
+        replicas=record.replicas,
+        shards_under_replicated=len(under_replicated),
     )
 
 

@@ -185,6 +185,14 @@ class Sessions:
         """Workers came: whoever waits may go on."""
         self._admission.grant()
 
+    def route_changed(self, context_id: str) -> None:
+        """The shard map of a context changed: copies were made, moved or dropped.
+
+        `Contexts.ready(context_id)` gives the new map, of a higher `epoch`; sessions opened from
+        now on use it. The nodes of the old map that live keep what sessions have on them until
+        those have ended, so a running session need not move unless it lost a node.
+        """
+
     def worker_down(self, worker_id: str, error: LongreachError) -> None:
         """A worker is gone: its sessions end with the error."""
         entry = self._loops.pop(worker_id, None)

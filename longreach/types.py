@@ -129,13 +129,15 @@ class Shard:
 class ShardMap:
     """Where every position, layer and KV head of a context lives.
 
-    `addresses`: node id → host:port.
+    `addresses`: node id → host:port. `epoch` grows with every change of the map: what was decided
+    on an older one is refused.
     """
 
     shards: tuple[Shard, ...]
     addresses: dict[str, str]
     policy: str
     reason: str = ""
+    epoch: int = 1
 
 
 @dataclass(frozen=True, slots=True)

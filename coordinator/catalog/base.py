@@ -22,6 +22,7 @@ class ContextState(enum.Enum):
     READY = 3
     UNAVAILABLE = 4
     FAILED = 5
+    REPAIRING = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class ContextRecord:
 
     `tokens` counts tokens, `kv_bytes` bytes of K and V of one copy, `created_at` is in Unix
     seconds, `prefill_s` in seconds and 0 until READY. `owner` is the coordinator that stores it,
-    or that stored it.
+    or that stored it. `replicas` is how many copies of each shard are wanted.
     """
 
     context_id: str
@@ -45,6 +46,7 @@ class ContextRecord:
     prefill_s: float = 0.0
     error: str = ""
     owner: str = ""
+    replicas: int = 1
 
     @property
     def node_ids(self) -> tuple[str, ...]:

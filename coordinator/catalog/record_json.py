@@ -28,6 +28,7 @@ def record_from_json(text: str) -> ContextRecord:
         addresses=shard_map["addresses"],
         policy=shard_map["policy"],
         reason=shard_map["reason"],
+        epoch=shard_map.get("epoch", 1),
     )
     return ContextRecord(**fields)
 

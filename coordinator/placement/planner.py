@@ -21,6 +21,7 @@ from coordinator.placement.base import (
     bytes_by_node,
     check_room,
 )
+from coordinator.placement.replication import replicate
 from longreach.errors import ResourceExhausted
 from longreach.types import ShardMap
 
@@ -78,13 +79,26 @@ def _waves(held: Mapping[str, int], view: ClusterView) -> int:
 
 
 def place(
-    context: ContextToPlace, view: ClusterView, policy: str = AUTO, index_reserve: float = 0.0
+    context: ContextToPlace,
+    view: ClusterView,
+    policy: str = AUTO,
+    index_reserve: float = 0.0,
+    replicas: int = 1,
 ) -> ShardMap:
-    """Places a context with a named policy, or with the cheapest one that fits.
+    """Places a context with a named policy, or with the cheapest one that fits, and copies of it
+    as far as nodes and their memory allow.
 
     Raises InvalidRequest for an unknown policy, Unavailable without nodes and ResourceExhausted,
     naming bytes needed and free, when it does not fit.
     """
+    return replicate(
+        context, _one_copy(context, view, policy, index_reserve), view, replicas, index_reserve
+    )
+
+
+def _one_copy(
+    context: ContextToPlace, view: ClusterView, policy: str, index_reserve: float
+) -> ShardMap:
     if policy != AUTO:
         chosen = POLICIES[policy](context, view)
         check_room(context, chosen, view, index_reserve)

@@ -83,6 +83,7 @@ def _show(client: Client, arguments: argparse.Namespace) -> None:
     table.add_row("KV", f"{context.kv_bytes:,} bytes on the nodes, one copy")
     table.add_row("index", f"{_index(context)}, {context.index_bytes:,} bytes")
     table.add_row("prefill", f"{context.prefill_s:.1f} s, {_age(context)} ago")
+    table.add_row("copies", _copies(context))
     table.add_row("placement", context.shard_map.reason or context.shard_map.policy)
     for shard in context.shard_map.shards:
         layers = ", ".join(map(str, shard.layers))
@@ -107,6 +108,12 @@ def _state(context: Context) -> str:
     if context.state == "filling":
         return f"filling {context.prefill_fraction:.0%}"
     return context.state
+
+
+def _copies(context: Context) -> str:
+    lacking, shards = context.shards_under_replicated, len(context.shard_map.shards)
+    text = f"{context.replicas} of each shard wanted, placement epoch {context.shard_map.epoch}"
+    return text + (f"; {lacking} of {shards} shards have fewer" if lacking else "")
 
 
 def _index(context: Context) -> str:

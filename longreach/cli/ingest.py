@@ -43,6 +43,9 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("--model", default="", help="needed when the cluster serves several models")
     parser.add_argument("--placement", default="", help="placement policy (default: planned)")
     parser.add_argument(
+        "--replicas", type=int, default=0, help="copies on distinct nodes (default: the server's)"
+    )
+    parser.add_argument(
         "--no-wait", action="store_true", help="do not wait for the index; questions work already"
     )
     parser.add_argument("--json", action="store_true", help="print the context as a JSON object")
@@ -77,6 +80,7 @@ def _store(client: Client, arguments: argparse.Namespace, console: Console) -> C
             name=arguments.name or ("" if from_stdin else arguments.file),
             model=arguments.model,
             placement=arguments.placement,
+            replicas=arguments.replicas,
             on_progress=show,
         )
 

@@ -55,7 +55,8 @@ def _lines(status: Status) -> list[str | Table]:
     return [
         f"coordinator {status.version}, membership epoch {status.epoch}",
         f"models: {', '.join(status.models) or 'none yet'}",
-        f"contexts: {status.contexts}; generations: {status.running} running, "
-        f"{status.waiting} waiting",
+        f"contexts: {status.contexts}; shards with fewer copies than wanted: "
+        f"{status.segments_under_replicated}",
+        f"generations: {status.running} running, {status.waiting} waiting",
         table,
     ]

@@ -129,12 +129,19 @@ class AsyncContexts:
         name: str = "",
         model: str = "",
         placement: str = "",
+        replicas: int = 0,
         on_progress: Progress | None = None,
         timeout_s: float | None = None,
     ) -> Context:
         """Stores a context and returns when it can be asked; see `Contexts.create`."""
         requests = messages.create_requests(
-            text=text, tokens=tokens, path=path, name=name, model=model, placement=placement
+            text=text,
+            tokens=tokens,
+            path=path,
+            name=name,
+            model=model,
+            placement=placement,
+            replicas=replicas,
         )
         with self._client._uploader()._upload(requests, timeout_s) as upload:
             while (context := await asyncio.to_thread(next, upload, None)) is not None:

@@ -134,6 +134,7 @@ class Contexts:
         name: str = "",
         model: str = "",
         placement: str = "",
+        replicas: int = 0,
         on_progress: Progress | None = None,
         timeout_s: float | None = None,
     ) -> Context:
@@ -145,7 +146,13 @@ class Contexts:
         source, the callback or Ctrl-C, cancels the call, and the server drops what it received.
         """
         requests = messages.create_requests(
-            text=text, tokens=tokens, path=path, name=name, model=model, placement=placement
+            text=text,
+            tokens=tokens,
+            path=path,
+            name=name,
+            model=model,
+            placement=placement,
+            replicas=replicas,
         )
         with self._client._upload(requests, timeout_s) as upload:
             for context in upload:

@@ -18,6 +18,7 @@ _STATES = {
     pb.CONTEXT_STATE_READY: "ready",
     pb.CONTEXT_STATE_UNAVAILABLE: "unavailable",
     pb.CONTEXT_STATE_FAILED: "failed",
+    pb.CONTEXT_STATE_REPAIRING: "repairing",
 }
 _FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 _INDEX_POLL_S_MIN = 0.1
@@ -32,6 +33,7 @@ def create_requests(
     name: str,
     model: str,
     placement: str,
+    replicas: int = 0,
 ) -> Iterator[pb.CreateContextRequest]:
     """The messages of one CreateContext call; the content is read as the iterator advances.
 
@@ -44,7 +46,9 @@ def create_requests(
             "a context is created from exactly one of text, tokens and path; got "
             + (" and ".join(given) or "none")
         )
-    options = pb.CreateContextOptions(model=model, name=name, placement=placement)
+    options = pb.CreateContextOptions(
+        model=model, name=name, placement=placement, replicas=replicas
+    )
     return _create_messages(options, text, tokens, path)
 
 
@@ -147,6 +151,8 @@ def context_from_proto(message: pb.Context, *, found: bool = False) -> models.Co
         shard_map=wire.shard_map_from_proto(message.shard_map),
         error=message.error,
         index_error=message.index_error,
+        replicas=message.replicas,
+        shards_under_replicated=message.shards_under_replicated,
         found=found,
     )
 
@@ -267,6 +273,7 @@ def status_from_proto(message: pb.GetStatusResponse) -> models.Status:
         waiting=message.waiting,
         models=tuple(message.models),
         version=message.version,
+        segments_under_replicated=message.segments_under_replicated,
     )
 
 

@@ -24,10 +24,12 @@ __all__ = [
 class Context:
     """A stored token sequence that questions can be asked about.
 
-    `state`: "reserved", "filling", "ready", "unavailable" or "failed" (then `error` says why).
+    `state`: "reserved", "filling", "ready", "unavailable", "repairing" (its lost KV is computed
+    again) or "failed" (then `error` says why).
     `kv_bytes`: K and V on the nodes, one copy. `prefill_fraction` and `index_fraction` in [0, 1];
     a ready context answers by exact search while its index builds. `index_kind`: what answers now.
     `index_error`: why the index, or a part of it, could not be built; what answers now goes on.
+    `replicas`: copies of each shard that are wanted; `shards_under_replicated` have fewer.
     `found`: `contexts.create` found it stored instead of computing it.
     """
 
@@ -46,6 +48,8 @@ class Context:
     shard_map: ShardMap
     error: str = ""
     index_error: str = ""
+    replicas: int = 1
+    shards_under_replicated: int = 0
     found: bool = False
 
     @property
@@ -150,7 +154,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The cluster as its coordinator sees it."""
+    """The cluster as its coordinator sees it. `segments_under_replicated`: shards, of all contexts,
+    of which fewer copies are within reach than are wanted."""
 
     members: tuple[Member, ...]
     epoch: int
@@ -159,3 +164,4 @@ class Status:
     waiting: int
     models: tuple[str, ...] = field(default=())
     version: str = ""
+    segments_under_replicated: int = 0

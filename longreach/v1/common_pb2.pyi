@@ -217,10 +217,13 @@ class ShardMap(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """Placement policy that made the map."""
     reason: _builtins.str
     """Why the policy chose this, for people."""
+    epoch: _builtins.int
+    """Grows with every change of the map; 0 reads as 1."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___Shard]:
         """Shards; together they cover the context exactly once."""
@@ -236,10 +239,11 @@ class ShardMap(_message.Message):
         nodes: _abc.Iterable[Global___NodeAddress] | None = ...,
         policy: _builtins.str = ...,
         reason: _builtins.str = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "policy", b"policy", "reason", b"reason", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "nodes", b"nodes", "policy", b"policy", "reason", b"reason", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,6 +38,8 @@ class _ContextStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ContextS
     """Some of its KV is out of reach."""
     CONTEXT_STATE_FAILED: _ContextState.ValueType  # 5
     """Failed or cancelled; being dropped."""
+    CONTEXT_STATE_REPAIRING: _ContextState.ValueType  # 6
+    """Was out of reach and is being computed again from its tokens."""
 
 class ContextState(_ContextState, metaclass=_ContextStateEnumTypeWrapper):
     """State of a context."""
@@ -54,6 +56,8 @@ CONTEXT_STATE_UNAVAILABLE: ContextState.ValueType  # 4
 """Some of its KV is out of reach."""
 CONTEXT_STATE_FAILED: ContextState.ValueType  # 5
 """Failed or cancelled; being dropped."""
+CONTEXT_STATE_REPAIRING: ContextState.ValueType  # 6
+"""Was out of reach and is being computed again from its tokens."""
 Global___ContextState: _TypeAlias = ContextState  # noqa: Y015
 
 class _FinishReason:
@@ -149,22 +153,28 @@ class CreateContextOptions(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model; empty when the cluster serves one."""
     name: _builtins.str
     """Name for people; need not be unique."""
     placement: _builtins.str
     """Placement policy; empty for the planner's choice."""
+    replicas: _builtins.int
+    """Copies of each shard, on distinct nodes; 0 for the server's default. Fewer are made where nodes
+    or their memory do not allow it; the shard map's reason says so.
+    """
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         name: _builtins.str = ...,
         placement: _builtins.str = ...,
+        replicas: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "name", b"name", "placement", b"placement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "name", b"name", "placement", b"placement", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -191,6 +201,8 @@ class Context(_message.Message):
     SHARD_MAP_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     INDEX_ERROR_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    SHARDS_UNDER_REPLICATED_FIELD_NUMBER: _builtins.int
     context_id: _builtins.str
     """Content-derived id."""
     name: _builtins.str
@@ -221,6 +233,10 @@ class Context(_message.Message):
     """Why building the index failed, when it did: `index_fraction` stays below 1, and `index_kind`
     goes on answering.
     """
+    replicas: _builtins.int
+    """Copies of each shard that are wanted."""
+    shards_under_replicated: _builtins.int
+    """Shards of which fewer copies are within reach."""
     @_builtins.property
     def shard_map(self) -> _common_pb2.ShardMap:
         """Where it lives."""
@@ -243,10 +259,12 @@ class Context(_message.Message):
         shard_map: _common_pb2.ShardMap | None = ...,
         error: _builtins.str = ...,
         index_error: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+        shards_under_replicated: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shard_map", b"shard_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "created_at", b"created_at", "error", b"error", "index_bytes", b"index_bytes", "index_error", b"index_error", "index_fraction", b"index_fraction", "index_kind", b"index_kind", "kv_bytes", b"kv_bytes", "model", b"model", "name", b"name", "prefill_fraction", b"prefill_fraction", "prefill_s", b"prefill_s", "shard_map", b"shard_map", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "created_at", b"created_at", "error", b"error", "index_bytes", b"index_bytes", "index_error", b"index_error", "index_fraction", b"index_fraction", "index_kind", b"index_kind", "kv_bytes", b"kv_bytes", "model", b"model", "name", b"name", "prefill_fraction", b"prefill_fraction", "prefill_s", b"prefill_s", "replicas", b"replicas", "shard_map", b"shard_map", "shards_under_replicated", b"shards_under_replicated", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -881,6 +899,7 @@ class GetStatusResponse(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    SEGMENTS_UNDER_REPLICATED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Membership epoch."""
     contexts: _builtins.int
@@ -891,6 +910,8 @@ class GetStatusResponse(_message.Message):
     """Generations waiting."""
     version: _builtins.str
     """Version of the coordinator."""
+    segments_under_replicated: _builtins.int
+    """Shards, of all contexts, of which fewer copies are within reach than are wanted."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """Members."""
@@ -909,10 +930,11 @@ class GetStatusResponse(_message.Message):
         waiting: _builtins.int = ...,
         models: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
+        segments_under_replicated: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contexts", b"contexts", "epoch", b"epoch", "members", b"members", "models", b"models", "running", b"running", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contexts", b"contexts", "epoch", b"epoch", "members", b"members", "models", b"models", "running", b"running", "segments_under_replicated", b"segments_under_replicated", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -140,6 +140,7 @@ def shard_map_to_proto(shard_map: ShardMap) -> common_pb2.ShardMap:
         ],
         policy=shard_map.policy,
         reason=shard_map.reason,
+        epoch=shard_map.epoch,
     )
 
 
@@ -150,6 +151,7 @@ def shard_map_from_proto(msg: common_pb2.ShardMap) -> ShardMap:
         addresses={node.node_id: node.address for node in msg.nodes},
         policy=msg.policy,
         reason=msg.reason,
+        epoch=msg.epoch or 1,
     )
     for shard in shard_map.shards:
         for node_id in shard.node_ids:

@@ -148,6 +148,7 @@ def new_world(**settings: Any) -> World:
         "cluster_secret": SECRET,
         "drain_grace_s": 5.0,
         "failover_patience_s": 1.0,
+        "replicas": 1,  # so that what one node loses is lost
     }
     return World(CoordinatorConfig(**(fields | settings)), nodes, {"worker-0": FakeWorker(nodes)})
 

@@ -209,14 +209,16 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         shard_map = wire.shard_map_from_proto(request.shard_map)
         tokens = list(request.token_ids)
         for shard in shard_map.shards:
-            self.nodes[shard.node_ids[0]].hold(request.context_id, shard, identity, False)
+            for node_id in shard.node_ids:
+                self.nodes[node_id].hold(request.context_id, shard, identity, False)
         yield wire.prefill_progress_to_proto(PrefillProgress(1, 4, 1, len(tokens), 0.25))
         while not self.prefill_gate.wait(0.01):
             if not context.is_active():
                 self.cancelled_prefills += 1
                 return
         for shard in shard_map.shards:
-            self.nodes[shard.node_ids[0]].hold(request.context_id, shard, identity, True)
+            for node_id in shard.node_ids:
+                self.nodes[node_id].hold(request.context_id, shard, identity, True)
         self.contexts[request.context_id] = tokens
         summary = PrefillSummary(0.1, 0.2, 1000, 0, {})
         yield wire.prefill_progress_to_proto(

@@ -208,3 +208,14 @@ async def test_a_coordinator_that_starts_on_an_empty_catalog_rebuilds_it(catalog
         same = {name: getattr(before, name) for name in unknown}
         assert dataclasses.replace(rebuilt, **same) == before
     one.stop_doubles()
+
+
+async def test_writes_of_one_context_at_the_same_time_do_not_conflict_with_each_other(pair):
+    one, _ = pair
+    context = await one.context(TOKENS)
+    book = one.server.coordinator.contexts._book
+    record = book.records[context.context_id]
+    versions = [dataclasses.replace(record, error=str(number)) for number in range(8)]
+    await asyncio.gather(*(book.write(version) for version in versions))
+    stored = await book._catalog.get(context.context_id)
+    assert stored.error == "7"  # in the order of the calls
