@@ -71,7 +71,14 @@ class Tick:
     """Time passed."""
 
 
-Event = Heartbeat | Leave | Unreachable | Tick
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """This coordinator itself stood still for so many seconds: its members' silence is its own."""
+
+    seconds: float
+
+
+Event = Heartbeat | Leave | Unreachable | Tick | Paused
 
 
 class Change(enum.Enum):
@@ -136,6 +143,14 @@ class Cluster:
                 actions = self._suspect(event.member_id)
             case Tick():
                 actions = self._tick(now)
+            case Paused():
+                self._members = {
+                    name: dataclasses.replace(
+                        member, seen_at=min(now, member.seen_at + event.seconds)
+                    )
+                    for name, member in self._members.items()
+                }
+                actions = []
         self.epoch += len(actions)
         return actions
 

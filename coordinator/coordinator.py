@@ -24,6 +24,7 @@ from coordinator.cluster import (
     Heartbeat,
     Leave,
     Member,
+    Paused,
     Tick,
     Unreachable,
 )
@@ -43,6 +44,7 @@ from longreach.types import SessionInventory
 
 TICK_S = 0.5
 RECHECK_TICKS = 10
+PAUSED_S = 1.0
 STATUS_TIMEOUT_S = 1.0
 _log = logging.getLogger(__name__)
 
@@ -222,7 +224,12 @@ class Coordinator:
     async def _watch_clock(self) -> None:
         ticks = 0
         while True:
+            slept_at = self._clock()
             await asyncio.sleep(TICK_S)
+            late_s = self._clock() - slept_at - TICK_S
+            if late_s > PAUSED_S:
+                _log.warning("this coordinator stood still for %.1f s", late_s)
+                self._apply(Paused(late_s))
             ticks += 1
             self._apply(Tick())
             self._close_orphans()

@@ -93,6 +93,8 @@ class Generation:
         self._top_logprobs = top_logprobs
         self._detokenizer = detokenizer
         self._stop = StopTexts(stop_texts)
+        if generated:  # All but the last token was fed once, in an earlier attempt.
+            self.position = position + len(self._ids) - 1
         for token_id in generated:
             self.tokens += 1
             self._read(token_id)

@@ -17,7 +17,13 @@ from typing import Any, Protocol, TypeVar
 from gpu_worker.methods.base import Collected, HeadPart, Retrieved, SessionQueries
 from gpu_worker.routes import Piece, Route
 from longreach import wire
-from longreach.errors import CoverageTooLow, LongreachError, StaleEpoch, Unavailable
+from longreach.errors import (
+    ConnectionLost,
+    CoverageTooLow,
+    LongreachError,
+    StaleEpoch,
+    Unavailable,
+)
 from longreach.rpc.retrieval import AttendStream
 from longreach.types import (
     AttendResult,
@@ -96,7 +102,7 @@ class _Ask:
         """Whether to ask again: another node or, once, the same ones over new connections."""
         if self.answer is not None or isinstance(self.error, StaleEpoch):
             return False
-        lost_connection = type(self.error) is Unavailable
+        lost_connection = isinstance(self.error, ConnectionLost)
         if not self.untried() and lost_connection and not self.repeated:
             self.repeated = True
             self.tried.clear()

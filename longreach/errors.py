@@ -11,6 +11,7 @@
     │   └── StaleEpoch        another writer took the session over
     ├── ResourceExhausted     a budget is spent; try later or ask for less (RESOURCE_EXHAUSTED)
     ├── Unavailable           a node or worker does not answer (UNAVAILABLE)
+    │   ├── ConnectionLost    nobody answered: the connection broke or could not be made
     │   └── CoverageTooLow    shards of the scope did not answer
     ├── Aborted               what it worked on was taken away (ABORTED)
     ├── Cancelled             the caller went away (CANCELLED)
@@ -114,6 +115,11 @@ class Unavailable(LongreachError):
 
     code = 14
     default_reason = "UNAVAILABLE"
+
+
+class ConnectionLost(Unavailable):
+    """Nobody answered: the connection broke or could not be made. Raised on the caller's side; a
+    peer that answers "unavailable" is Unavailable."""
 
 
 class CoverageTooLow(Unavailable):

@@ -224,8 +224,9 @@ class LocalCluster:
         return {"LONGREACH_ADDRESS": self.address, **tls}
 
     def client(self, coordinator: str = "coordinator", *, timeout_s: float | None = None) -> Client:
-        """A client of a coordinator of this cluster; close it."""
-        address, files = self.process(coordinator).address, self._client_files()
+        """A client of a coordinator of this cluster, or of several, comma separated; close it."""
+        address = ",".join(self.process(each).address for each in coordinator.split(","))
+        files = self._client_files()
         if files is None:
             return Client(address, timeout_s=timeout_s)
         return Client(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grpc
 
 from longreach import wire
-from longreach.errors import LongreachError, Unavailable
+from longreach.errors import ConnectionLost, LongreachError
 from longreach.rpc.channels import sync_channel
 from longreach.rpc.status import error_from_rpc
 from longreach.rpc.tls import ChannelTls
@@ -130,7 +130,7 @@ class _AppendCall:
             yield pb.AppendRequest(request_id=request_id, entries=encoded)
 
     def _read(self) -> None:
-        error: LongreachError = Unavailable(f"{self._address} ended the stream")
+        error: LongreachError = ConnectionLost(f"{self._address} ended the stream")
         try:
             for response in self._call:
                 self._acknowledge(response)

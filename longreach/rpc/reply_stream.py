@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
-from longreach.errors import DeadlineExceeded, Internal, LongreachError, Unavailable
+from longreach.errors import ConnectionLost, DeadlineExceeded, Internal, LongreachError
 from longreach.rpc.status import error_from_rpc
 
 
@@ -204,7 +204,7 @@ class ReplyStream(Generic[Request, Response]):
         return Internal(f"{self._peer} sent a reply that cannot be read: {error!r}")
 
     def _ended(self) -> LongreachError:
-        return Unavailable(f"{self._peer} ended the stream; send again to reconnect")
+        return ConnectionLost(f"{self._peer} ended the stream; send again to reconnect")
 
     def _break(self, call: Call | None, error: LongreachError) -> None:
         """Fails everything unanswered on this call, so that the next request opens another."""
@@ -223,7 +223,7 @@ class ReplyStream(Generic[Request, Response]):
 
     async def close(self) -> None:
         """Ends the stream; unanswered requests fail with Unavailable."""
-        self._break(self._call, Unavailable(f"the stream to {self._peer} was closed here"))
+        self._break(self._call, ConnectionLost(f"the stream to {self._peer} was closed here"))
         if self._watch is not None:
             self._watch.cancel()
         for task in (self._reader, self._sender):

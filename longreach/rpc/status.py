@@ -13,7 +13,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from longreach.errors import Internal, LongreachError, Unavailable, error_for
+from longreach.errors import ConnectionLost, Internal, LongreachError, Unavailable, error_for
 
 ERROR_DOMAIN = "longreach"
 """Domain of every ErrorInfo that longreach sends."""
@@ -63,11 +63,14 @@ def error_from_rpc(error: grpc.RpcError, *, peer: str = "") -> LongreachError:
     details = error.details() or ""
     status = _rich_status(error)
     if status is None and details == _WRITE_FAILED_DETAILS:
-        return Unavailable(f"the connection to {peer or 'the peer'} broke while sending")
+        return ConnectionLost(f"the connection to {peer or 'the peer'} broke while sending")
     if status is None:
         where = f"{peer}: " if peer else ""
         hint = next((h for sign, h in _TLS_HINTS.items() if sign in details), "")
-        return error_for(code, error.code().name, f"{where}{details or error.code().name}{hint}")
+        message = f"{where}{details or error.code().name}{hint}"
+        if code == Unavailable.code:
+            return ConnectionLost(message)
+        return error_for(code, error.code().name, message)
     reason, retry_after_s = error.code().name, None
     for detail in status.details:
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()

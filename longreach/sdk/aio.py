@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import grpc
 
-from longreach.errors import Cancelled
+from longreach.errors import Cancelled, LongreachError
 from longreach.rpc.channels import aio_channel
 from longreach.rpc.status import error_from_rpc
 from longreach.rpc.tls import ChannelTls
@@ -18,6 +19,15 @@ from longreach.sdk import messages
 from longreach.sdk.client import Client, Progress
 from longreach.sdk.models import Context, Generation, Status, Token
 from longreach.sdk.options import GenerateKeywords, GenerateOptions
+from longreach.sdk.retries import (
+    LOOK_AFTER_S,
+    RETRY_S,
+    Resumption,
+    Retries,
+    silent,
+    split_addresses,
+)
+from longreach.sdk.watch import lives_async
 from longreach.security.tls import client_files
 from longreach.v1 import generation_pb2 as pb
 from longreach.v1.generation_pb2_grpc import GenerationServiceStub
@@ -34,6 +44,7 @@ class AsyncClient:
         address: str,
         *,
         timeout_s: float | None = None,
+        retry_s: float = RETRY_S,
         api_key: str | None = None,
         tls_ca: str = "",
         tls_cert: str = "",
@@ -41,12 +52,16 @@ class AsyncClient:
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
+        self._retry_s = retry_s
         self._api_key = api_key
         self._metadata = messages.call_metadata(api_key)
         self._tls = {"tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
         files = client_files(tls_cert, tls_key, tls_ca)
-        self._channel = aio_channel(address, tls=ChannelTls(files) if files else None)
-        self._stub = GenerationServiceStub(self._channel)
+        tls = ChannelTls(files) if files else None
+        self._coordinators = [
+            _Coordinator(each, aio_channel(each, tls=tls)) for each in split_addresses(address)
+        ]
+        self._index = 0
         self._blocking: Client | None = None
         self.contexts = AsyncContexts(self)
 
@@ -59,7 +74,7 @@ class AsyncClient:
     ) -> AsyncTokenStream:
         """Starts a generation and returns its tokens as they come; see `Client.stream`."""
         request = messages.generate_request(prompt, GenerateOptions(**options))
-        return AsyncTokenStream(self._call("Generate", request, timeout_s), self.address)
+        return AsyncTokenStream(self, Resumption(request, self._retries(), self._time(timeout_s)))
 
     async def generate(
         self,
@@ -80,8 +95,9 @@ class AsyncClient:
         return messages.status_from_proto(reply)
 
     async def close(self) -> None:
-        """Ends every call and frees the connection."""
-        await self._channel.close()
+        """Ends every call and frees the connections."""
+        for coordinator in self._coordinators:
+            await coordinator.channel.close()
         if self._blocking is not None:
             self._blocking.close()
 
@@ -99,19 +115,68 @@ class AsyncClient:
         """
         if self._blocking is None:
             self._blocking = Client(
-                self.address, timeout_s=self._timeout_s, api_key=self._api_key, **self._tls
+                self.address,
+                timeout_s=self._timeout_s,
+                retry_s=self._retry_s,
+                api_key=self._api_key,
+                **self._tls,
             )
         return self._blocking
 
-    def _call(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        deadline_s = self._timeout_s if timeout_s is None else timeout_s
-        return getattr(self._stub, method)(request, timeout=deadline_s, metadata=self._metadata)
+    def _time(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+    def _retries(self) -> Retries:
+        return Retries(len(self._coordinators), self._index, self._retry_s)
+
+    def _coordinator(self, retries: Retries) -> _Coordinator:
+        """The coordinator to ask now; the next call begins there."""
+        self._index = retries.index
+        return self._coordinators[retries.index]
 
     async def _unary(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        retries = self._retries()
+        while True:
+            coordinator = self._coordinator(retries)
+            call = getattr(coordinator.stub, method)(
+                request, timeout=self._time(timeout_s), metadata=self._metadata
+            )
+            try:
+                return await self._answer(coordinator, call)
+            except LongreachError as error:
+                pause_s = retries.failed(error)
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+            finally:
+                call.cancel()
+
+    async def _answer(self, coordinator: _Coordinator, reply: Awaitable[Any]) -> Any:
+        """A reply, or ConnectionLost when there is another coordinator and this one is silent."""
+        waiting = asyncio.ensure_future(reply)
+        watched = len(self._coordinators) > 1
         try:
-            return await self._call(method, request, timeout_s)
+            while not (await asyncio.wait([waiting], timeout=LOOK_AFTER_S if watched else None))[0]:
+                if not await lives_async(coordinator.channel):
+                    raise silent(coordinator.address)
+            return waiting.result()
         except grpc.RpcError as error:
-            raise error_from_rpc(error, peer=self.address) from error
+            raise error_from_rpc(error, peer=coordinator.address) from error
+        finally:
+            waiting.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Coordinator:
+    """A coordinator and the connection to it."""
+
+    address: str
+    channel: grpc.aio.Channel
+
+    @property
+    def stub(self) -> Any:
+        """Its public service."""
+        return GenerationServiceStub(self.channel)
 
 
 class AsyncContexts:
@@ -134,7 +199,7 @@ class AsyncContexts:
         timeout_s: float | None = None,
     ) -> Context:
         """Stores a context and returns when it can be asked; see `Contexts.create`."""
-        requests = messages.create_requests(
+        content = messages.Content(
             text=text,
             tokens=tokens,
             path=path,
@@ -143,11 +208,20 @@ class AsyncContexts:
             placement=placement,
             replicas=replicas,
         )
-        with self._client._uploader()._upload(requests, timeout_s) as upload:
-            while (context := await asyncio.to_thread(next, upload, None)) is not None:
-                if on_progress is not None:
-                    on_progress(context)
-            return upload.finished()
+        client = self._client._uploader()
+        retries = client._retries()
+        while True:
+            try:
+                with client._upload(content.requests(), retries, timeout_s) as upload:
+                    while (context := await asyncio.to_thread(next, upload, None)) is not None:
+                        if on_progress is not None:
+                            on_progress(context)
+                    return upload.finished()
+            except LongreachError as error:
+                pause_s = retries.failed(error) if content.repeatable else None
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
 
     async def get(self, context: Context | str, *, timeout_s: float | None = None) -> Context:
         """The context with this id. Raises NotFound."""
@@ -192,13 +266,21 @@ class AsyncContexts:
 class AsyncTokenStream(AsyncIterator[Token]):
     """Tokens of a running generation; see `TokenStream`."""
 
-    def __init__(self, call: Any, peer: str) -> None:
-        self._call = call
-        self._peer = peer
-        self._replies = call.__aiter__()
+    def __init__(self, client: AsyncClient, resumption: Resumption) -> None:
+        self._client = client
+        self._resumption = resumption
         self._builder = messages.GenerationBuilder()
         self._pending: list[Token] = []
         self._cancelled = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Asks the coordinator whose turn it is."""
+        resumption = self._resumption
+        self._at = self._client._coordinator(resumption.retries)
+        self._call = self._at.stub.Generate(
+            resumption.request, timeout=resumption.timeout_s, metadata=self._client._metadata
+        )
 
     @property
     def summary(self) -> Generation:
@@ -213,16 +295,24 @@ class AsyncTokenStream(AsyncIterator[Token]):
     async def __anext__(self) -> Token:
         while not self._pending:
             try:
-                self._pending = self._builder.feed(await anext(self._replies))
-            except StopAsyncIteration:
-                self._builder.finish()
-                raise
+                message = await self._client._answer(self._at, self._call.read())
             except asyncio.CancelledError:
                 if self._cancelled:
                     raise Cancelled("this stream was cancelled by its reader") from None
                 raise
-            except grpc.RpcError as error:
-                raise error_from_rpc(error, peer=self._peer) from error
+            except LongreachError as error:
+                self._call.cancel()
+                pause_s = None if self._cancelled else self._resumption.failed(error)
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+                self._begin()
+                continue
+            if message is grpc.aio.EOF:
+                self._builder.finish()
+                raise StopAsyncIteration
+            self._pending = self._builder.feed(message)
+            self._resumption.received(self._pending)
         return self._pending.pop(0)
 
     async def __aenter__(self) -> AsyncTokenStream:

@@ -25,6 +25,22 @@ _INDEX_POLL_S_MIN = 0.1
 _INDEX_POLL_S_MAX = 1.0
 
 
+class Content:
+    """What a context is made of, and how; see `create_requests`. `repeatable`: it can be sent more
+    than once, which an iterator cannot."""
+
+    def __init__(self, **fields: Any) -> None:
+        self._fields = fields
+        self._first: Iterator[pb.CreateContextRequest] | None = create_requests(**fields)
+        sources = (fields["text"], fields["tokens"])
+        self.repeatable = not any(isinstance(each, Iterator) for each in sources)
+
+    def requests(self) -> Iterator[pb.CreateContextRequest]:
+        """The messages of one CreateContext call."""
+        first, self._first = self._first, None
+        return create_requests(**self._fields) if first is None else first
+
+
 def create_requests(
     *,
     text: str | Iterable[str] | None,

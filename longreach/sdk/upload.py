@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,8 @@ import grpc
 from longreach.rpc.status import error_from_rpc
 from longreach.sdk import messages
 from longreach.sdk.models import Context
+from longreach.sdk.retries import silent
+from longreach.sdk.watch import Watch
 from longreach.v1 import generation_pb2 as pb
 
 
@@ -28,24 +31,29 @@ class Upload:
         peer: str,
         timeout_s: float | None,
         metadata: tuple[tuple[str, str], ...],
+        watch: Callable[[Callable[[], object]], Watch | None] = lambda cancel: None,
     ) -> None:
         self._source = _Source(requests)
         self._peer = peer
         self._last: Context | None = None
         self._call = method(self._source, timeout=timeout_s, metadata=metadata)
         self._source.attach(self._call.cancel)
+        self._watch = watch(self._call.cancel)
 
     def __iter__(self) -> Iterator[Context]:
         return self
 
     def __next__(self) -> Context:
         try:
-            reply = next(self._call)
+            with self._watch or contextlib.nullcontext():
+                reply = next(self._call)
         except StopIteration:
             self._source.raise_error()
             raise
         except grpc.RpcError as error:
             self._source.raise_error()
+            if self._watch is not None and self._watch.lost:
+                raise silent(self._peer) from None
             raise error_from_rpc(error, peer=self._peer) from error
         self._last = messages.context_from_proto(reply.context, found=reply.found)
         return self._last
@@ -58,6 +66,8 @@ class Upload:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._watch is not None:
+            self._watch.stop()
         self._call.cancel()
 
 

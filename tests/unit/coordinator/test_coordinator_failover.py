@@ -116,6 +116,7 @@ class TestGeneration:
     def test_rows_that_are_fed_again_end_where_the_window_moves(self):
         running = generation(generated=tuple(range(200)))
         running.stand_at(100, window=64)
+        assert running.recomputed_tokens == 202
         rows = feed(running)
         # The question by itself, then up to each multiple of 64.
         assert rows == [(100, 3, False), (103, 25, False), (128, 64, False), (192, 64, False),

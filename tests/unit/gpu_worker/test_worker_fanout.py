@@ -17,6 +17,7 @@ from gpu_worker.routes import plan_route
 from longreach import wire
 from longreach.attention import merge, partial_attention
 from longreach.errors import (
+    ConnectionLost,
     CoverageTooLow,
     DeadlineExceeded,
     LongreachError,
@@ -190,7 +191,7 @@ def test_pieces_outside_the_scope_are_not_asked(tier: Tier) -> None:
 def test_a_lost_connection_is_tried_once_more_where_there_is_no_replica(tier: Tier) -> None:
     tier.attach(shard("a", ("n0",)))
     node = tier.nodes["n0"]
-    errors: list[LongreachError | None] = [Unavailable("the stream broke"), None]
+    errors: list[LongreachError | None] = [ConnectionLost("the stream broke"), None]
 
     def submit(request: Any, *rest: Any) -> asyncio.Future[Any]:
         node.submit_error = errors.pop(0)

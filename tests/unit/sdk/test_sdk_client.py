@@ -233,6 +233,8 @@ async def test_generate_sends_every_option(client: Any, service: Any) -> None:
         top_logprobs=2,
         request_id="mine",
     )
+    assert request.resume.key
+    request.ClearField("resume")
     assert request == expected
 
 
