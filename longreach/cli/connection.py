@@ -39,7 +39,8 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
         "--address",
         default=os.environ.get("LONGREACH_ADDRESS", DEFAULT_ADDRESS),
         metavar="HOST:PORT",
-        help="the coordinator, or several, comma separated [LONGREACH_ADDRESS, default %(default)s]",
+        help="the coordinator; several are comma separated "
+        "[LONGREACH_ADDRESS, default %(default)s]",
     )
     for name, what in _TLS_FLAGS.items():
         variable = f"LONGREACH_{name.upper()}"
