@@ -121,6 +121,8 @@ class ConnectionLost(Unavailable):
     """Nobody answered: the connection broke or could not be made. Raised on the caller's side; a
     peer that answers "unavailable" is Unavailable."""
 
+    default_reason = "CONNECTION_LOST"
+
 
 class CoverageTooLow(Unavailable):
     """Shards of the scope did not answer and the caller did not allow it."""

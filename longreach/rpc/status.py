@@ -79,6 +79,8 @@ def error_from_rpc(error: grpc.RpcError, *, peer: str = "") -> LongreachError:
         elif detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
     found = error_for(code, reason, status.message)
+    if isinstance(found, ConnectionLost):  # The peer's connection to somebody else.
+        found = Unavailable(status.message, reason=reason)
     found.retry_after_s = retry_after_s
     return found
 
