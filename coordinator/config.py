@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator.gateway.settings import GatewaySettings
 from coordinator.kubernetes.settings import KubernetesSettings
 from longreach.config import setting
 from longreach.errors import InvalidRequest
@@ -15,7 +16,7 @@ REPLICAS_MAX = 8
 
 
 @dataclass(frozen=True)
-class CoordinatorConfig(KubernetesSettings, TlsSettings):
+class CoordinatorConfig(KubernetesSettings, GatewaySettings, TlsSettings):
     """Coordinator: the public API, contexts, sessions and the decode loop."""
 
     listen: str = setting(

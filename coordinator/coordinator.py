@@ -103,12 +103,12 @@ class Coordinator:
             node_client=node_client
             or functools.partial(AsyncNodeClient, tls=self._tls(files, Role.NODE)),
         )
-        self._models = Models(self._cluster)
+        self.models = Models(self._cluster)
         self.contexts = Contexts(
             self._catalog,
             self._cluster,
             self._driver,
-            self._models,
+            self.models,
             config,
             on_delete=self._end_sessions,
             on_sessions=self._sessions_found,
@@ -117,7 +117,7 @@ class Coordinator:
             self._cluster,
             self._driver,
             self.contexts,
-            self._models,
+            self.models,
             config,
             self._worker_lost,
             self._close_orphans,
@@ -163,7 +163,7 @@ class Coordinator:
             contexts=self.contexts.count(),
             running=self.sessions.running,
             waiting=self.sessions.waiting,
-            models=tuple(sorted(self._models.served())),
+            models=tuple(sorted(self.models.served())),
             version=longreach.__version__,
             segments_under_replicated=self.contexts.segments_under_replicated,
         )
@@ -236,10 +236,14 @@ class Coordinator:
             if ticks % RECHECK_TICKS == 0:
                 self._spawn(self.contexts.settling.recheck())
 
-    async def _announce_readiness(self) -> None:
-        """Ready once a worker and a node are alive, until draining begins."""
+    @property
+    def ready(self) -> bool:
+        """Whether generations are taken: a worker and a node are alive, and no draining began."""
         able = bool(self._cluster.workers()) and bool(self._cluster.nodes())
-        ready = able and not self._draining
+        return able and not self._draining
+
+    async def _announce_readiness(self) -> None:
+        ready = self.ready
         if ready != self._ready and self._on_ready is not None:
             self._ready = ready
             await self._on_ready(ready)

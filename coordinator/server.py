@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -20,16 +20,20 @@ from coordinator.requests import GenerateParams, NewContext, Prompt, Resume
 from coordinator.summary import Summary
 from longreach import wire
 from longreach.errors import InvalidRequest, PermissionDenied
-from longreach.rpc.authorization import AsyncAuthorization, Policy
+from longreach.rpc.authorization import AsyncApiKeys, AsyncAuthorization, Policy
 from longreach.rpc.channels import server_options
 from longreach.rpc.health import AsyncReadiness, serve_health_async
 from longreach.rpc.membership import HEARTBEAT_INTERVAL_S, report_from_proto
 from longreach.rpc.status import map_errors
 from longreach.rpc.tls import open_port, peer_of
+from longreach.security.api_keys import ApiKeys
 from longreach.security.peers import Role
 from longreach.security.tls import TlsFiles
 from longreach.types import SamplingParams, Shard
 from longreach.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
+
+if TYPE_CHECKING:
+    from coordinator.gateway.http import Gateway
 
 GENERATION = "longreach.v1.GenerationService"
 CLUSTER = "longreach.v1.ClusterService"
@@ -46,12 +50,15 @@ class CoordinatorServer:
     def __init__(self, config: CoordinatorConfig, files: TlsFiles | None = None) -> None:
         self._config = config
         self._files = files
-        self._server = grpc.aio.server(
-            interceptors=[AsyncAuthorization(_policy(config))] if files else [],
-            options=server_options(),
-        )
+        keys = ApiKeys(config.api_keys_file)
+        guards: list[grpc.aio.ServerInterceptor] = [AsyncApiKeys(keys, frozenset({GENERATION}))]
+        if files:
+            guards.insert(0, AsyncAuthorization(_policy(config)))
+        self._server = grpc.aio.server(interceptors=guards, options=server_options())
         self._readiness: AsyncReadiness | None = None
         self.coordinator = Coordinator(config, files=files, on_ready=self._set_ready)
+        self._keys = keys
+        self.gateway: Gateway | None = None
 
     async def start(self) -> str:
         """Begins to serve; returns host:port. Raises Unavailable when the port cannot be had."""
@@ -65,6 +72,12 @@ class CoordinatorServer:
         address = self._open_ports()
         await self.coordinator.start()
         await self._server.start()
+        if self._config.http_listen:
+            from coordinator.gateway.opening import open_gateway  # costs 0.3 s to import
+
+            self.gateway = await open_gateway(
+                self._config, self.coordinator, self._keys, self._files
+            )
         return address
 
     def _open_ports(self) -> str:
@@ -80,6 +93,8 @@ class CoordinatorServer:
     async def stop(self) -> None:
         """Drains, then ends every call."""
         await self.coordinator.drain()
+        if self.gateway is not None:
+            await self.gateway.stop()
         await self._server.stop(grace=1.0)
         await self.coordinator.close()
 

@@ -40,7 +40,7 @@ _MEMBER = {"advertise", "host", "coordinators"}
 CHART_SETS: dict[str, set[str]] = {
     "coordinator": _EVERYWHERE
     | _KUBERNETES
-    | {"catalog", "cluster_listen", "coordinator_id", "data_dir"},
+    | {"api_keys_file", "catalog", "cluster_listen", "http_listen", "coordinator_id", "data_dir"},
     "worker": _EVERYWHERE | _MEMBER | {"worker_id", "model"},
     "retrievalNode": _EVERYWHERE | _MEMBER | {"node_id", "snapshot_dir"},
 }

@@ -17,6 +17,7 @@ from grpc_health.v1 import health
 from longreach.errors import PermissionDenied, Unauthenticated
 from longreach.rpc.status import error_to_status
 from longreach.rpc.tls import Peer, peer_of
+from longreach.security.api_keys import ApiKeys
 from longreach.security.peers import Role
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -84,11 +85,12 @@ class Authorization(grpc.ServerInterceptor):
         return _wrapped(handler, guarded)
 
 
-class AsyncAuthorization(grpc.aio.ServerInterceptor):
-    """Applies a policy to an asyncio server."""
+class _AsyncGuard(grpc.aio.ServerInterceptor):
+    """Puts a check before every handler of an asyncio server."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+    def _check(self, method: str, context: Any) -> None:
+        """Raises Unauthenticated or PermissionDenied."""
+        raise NotImplementedError
 
     async def intercept_service(
         self,
@@ -103,7 +105,7 @@ class AsyncAuthorization(grpc.aio.ServerInterceptor):
 
         async def check(context: Any) -> None:
             try:
-                self._policy.check(method, peer_of(context))
+                self._check(method, context)
             except (Unauthenticated, PermissionDenied) as error:
                 status = error_to_status(error)
                 await context.abort(status.code, status.details, status.trailing_metadata)
@@ -121,6 +123,29 @@ class AsyncAuthorization(grpc.aio.ServerInterceptor):
             return stream if inspect.isasyncgenfunction(inner) else unary
 
         return _wrapped(handler, guarded)
+
+
+class AsyncAuthorization(_AsyncGuard):
+    """Applies a policy to an asyncio server."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def _check(self, method: str, context: Any) -> None:
+        self._policy.check(method, peer_of(context))
+
+
+class AsyncApiKeys(_AsyncGuard):
+    """Asks callers of some services for an API key, as metadata `authorization: Bearer KEY`."""
+
+    def __init__(self, keys: ApiKeys, services: frozenset[str]) -> None:
+        self._keys = keys
+        self._services = services
+
+    def _check(self, method: str, context: Any) -> None:
+        if method.removeprefix("/").partition("/")[0] in self._services:
+            metadata = dict(context.invocation_metadata() or ())
+            self._keys.check(str(metadata.get("authorization", "")))
 
 
 def _wrapped(handler: Handler, guarded: Callable[[Any], Any]) -> Handler:

@@ -33,7 +33,12 @@ MATRIX: dict[str, dict[str, Any]] = {
         "catalog": {"url": "redis://valkey:6379/0"},
         "retrievalNode": {"autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 8}},
     },
+    "keys": {
+        "apiKeys": {"existingSecret": "who-may", "key": "keys"},
+        "tests": {"apiKeySecret": "the-tests"},
+    },
     "bare": {
+        "coordinator": {"http": False},
         "kubernetes": {"enabled": False},
         "networkPolicy": {"enabled": False},
         "serviceAccount": {"create": False},

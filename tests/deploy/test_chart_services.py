@@ -125,6 +125,31 @@ def test_a_worker_gets_its_gpu_and_the_image_that_uses_it(
     assert far["image"] == "registry.example.com/ai/longreach-retrieval-node:1.2.3"
 
 
+def test_the_http_api_is_reached_and_guarded(rendered: dict[str, list[Document]]) -> None:
+    docs = rendered["keys"]
+    spec = workloads(docs)["coordinator"]
+    container = spec["containers"][0]
+    variables = environment(container)
+    listens = int(variables["LONGREACH_HTTP_LISTEN"].rpartition(":")[2])
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert ports["http"] == listens
+    service = only(docs, "Service", "demo-longreach-coordinator")["spec"]
+    assert {each["name"]: each["targetPort"] for each in service["ports"]}["http"] == "http"
+    policy = only(docs, "NetworkPolicy", "demo-longreach-coordinator")["spec"]["ingress"]
+    assert listens in {port["port"] for rule in policy for port in rule["ports"]}
+    folder, _, name = variables["LONGREACH_API_KEYS_FILE"].rpartition("/")
+    mount = next(each for each in container["volumeMounts"] if each["name"] == "api-keys")
+    volume = next(each for each in spec["volumes"] if each["name"] == "api-keys")
+    assert (mount["mountPath"], name) == (folder, "keys")
+    assert volume["secret"]["secretName"] == "who-may"
+    test = only(docs, "Pod", "demo-longreach-test-ask")["spec"]["containers"][0]
+    (shown,) = [each for each in test["env"] if each["name"] == "LONGREACH_API_KEY"]
+    assert shown["valueFrom"]["secretKeyRef"] == {"name": "the-tests", "key": "api-key"}
+    off = environment(workloads(rendered["bare"])["coordinator"]["containers"][0])
+    assert "LONGREACH_HTTP_LISTEN" not in off
+    assert "LONGREACH_API_KEYS_FILE" not in off
+
+
 def test_draining_fits_into_the_time_before_the_kill(rendered: dict[str, list[Document]]) -> None:
     for name in ("defaults", "everything"):
         spec = workloads(rendered[name])["coordinator"]

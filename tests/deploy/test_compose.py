@@ -106,8 +106,14 @@ def test_members_know_the_coordinator_and_tell_a_name_that_resolves(
         assert environment["LONGREACH_ADVERTISE"] == f"{name}:{port(name)}"
     names = [services[name]["environment"]["LONGREACH_NODE_ID"] for name in NODES]
     assert len(set(names)) == len(NODES)
-    (published,) = services["coordinator"]["ports"]
-    assert published == f"127.0.0.1:7300:{port('coordinator')}", "this machine only, by default"
+    published = services["coordinator"]["ports"]
+    grpc_port, http_listen = (
+        port("coordinator"),
+        services["coordinator"]["environment"]["LONGREACH_HTTP_LISTEN"],
+    )
+    http_port = http_listen.rpartition(":")[2]
+    wanted = [f"127.0.0.1:7300:{grpc_port}", f"127.0.0.1:8000:{http_port}"]
+    assert published == wanted, "this machine only, by default"
 
 
 def test_what_must_last_is_on_volumes_and_the_rest_is_read_only(services: dict[str, Any]) -> None:
@@ -153,8 +159,8 @@ def test_coordinator_is_healthy_once_it_takes_work(services: dict[str, Any]) -> 
 def test_only_workers_images_have_torch(stages: dict[str, str]) -> None:
     copied = {target: re.findall(r"COPY --from=(\S+)", stages[target]) for target in CONFIGS}
     assert copied == {
-        "coordinator": ["packages"],
-        "retrieval-node": ["packages"],
+        "coordinator": ["packages-coordinator"],
+        "retrieval-node": ["packages-node"],
         "worker-cpu": ["packages-cpu"],
         "worker-cuda": ["packages-cuda"],
     }

@@ -35,6 +35,7 @@ from longreach.types import (
     IndexStatus,
     LayerGeometry,
     NodeStats,
+    SessionRecord,
     Shard,
     ShardInventory,
     WorkFigures,
@@ -171,6 +172,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     contexts: dict[str, list[int]] = field(default_factory=dict)
     sessions: dict[str, FakeSession] = field(default_factory=dict)
     opened: list[str] = field(default_factory=list)
+    records: list[SessionRecord] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     steps: list[list[StepRow]] = field(default_factory=list)
     prefills: int = 0
@@ -231,6 +233,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             self.fail_opens -= 1
             raise Unavailable("node-0 does not answer")
         record = wire.session_record_from_proto(request.record)
+        self.records.append(record)
         security.verify(
             request.capability,
             SECRET.encode(),
