@@ -51,9 +51,11 @@ class CoordinatorServer:
         self._config = config
         self._files = files
         keys = ApiKeys(config.api_keys_file)
-        guards: list[grpc.aio.ServerInterceptor] = [AsyncApiKeys(keys, frozenset({GENERATION}))]
+        guards: list[grpc.aio.ServerInterceptor] = []
         if files:
-            guards.insert(0, AsyncAuthorization(_policy(config)))
+            guards.append(AsyncAuthorization(_policy(config)))
+        if config.api_keys_file:
+            guards.append(AsyncApiKeys(keys, frozenset({GENERATION})))
         self._server = grpc.aio.server(interceptors=guards, options=server_options())
         self._readiness: AsyncReadiness | None = None
         self.coordinator = Coordinator(config, files=files, on_ready=self._set_ready)
