@@ -199,6 +199,10 @@ class Appends:
         with self._changed:
             return self._acknowledged(session_id)
 
+    def lagging(self, session_id: str) -> tuple[str, ...]:
+        """Nodes that miss some of the tail until the session is opened again."""
+        return tuple(sorted(self._tails[session_id].session.lost))
+
     def _acknowledged(self, session_id: str) -> int:
         tail = self._tails[session_id]
         return min((node.acknowledged for node in tail.nodes), default=1 << 62)

@@ -238,6 +238,7 @@ class Decoder:
                 coverage=run.coverage,
                 acknowledged_stop=acknowledged,
                 error=run.error,
+                hedged_requests=run.hedged_requests,
             )
         return StepRowResult(
             session.session_id,
@@ -247,6 +248,8 @@ class Decoder:
             work=run.work,
             coverage=run.coverage,
             acknowledged_stop=acknowledged,
+            hedged_requests=run.hedged_requests,
+            lagging_node_ids=self._appends.lagging(session.session_id),
         )
 
 

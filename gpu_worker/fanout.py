@@ -1,25 +1,33 @@
 """Rows to shards to nodes: who is asked what, and what came back. It does no mathematics.
 
 Each layer of a step is one message per node, written to all nodes before any reply is awaited; the
-device attends the resident sets meanwhile. Attend is read-only, so what a node did not answer is
-asked again of another node that holds the shard; what nobody answered is reported as missing.
+device attends the resident sets meanwhile. Attend is read-only, so what a node is late to answer is
+asked of a second one, the first answer wins, and what a node did not answer is asked again of
+another; what nobody answered is reported as missing. `gpu_worker/node_health.py` decides when.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from gpu_worker.methods.base import Collected, HeadPart, Retrieved, SessionQueries
+from gpu_worker.node_health import HedgeBudget, NodeHealth
 from gpu_worker.routes import Piece, Route
 from longreach import wire
 from longreach.errors import (
     ConnectionLost,
     CoverageTooLow,
+    DeadlineExceeded,
+    Internal,
     LongreachError,
     StaleEpoch,
     Unavailable,
@@ -35,11 +43,9 @@ from longreach.types import (
 )
 from longreach.wire import NodeTiming
 
-SUSPECT_S = 5.0
-"""How long a node that failed is asked only where no other node holds the shard."""
-REPLICA_AFTER_S = 2.0
-"""How long to wait for a node before its rows go to another one that holds the shard."""
 _TURNS_MAX = 20
+_GLANCE_S = 0.001
+"""What came while the device computed is read first, before a request counts as late."""
 
 T = TypeVar("T")
 
@@ -86,6 +92,8 @@ class _Ask:
     queries: StorageArray
     tried: set[str] = field(default_factory=set)
     repeated: bool = False
+    under_way: int = 0
+    hedged: int = 0
     answer: AttendResult | None = None
     error: LongreachError | None = None
 
@@ -100,7 +108,7 @@ class _Ask:
 
     def may_go_on(self) -> bool:
         """Whether to ask again: another node or, once, the same ones over new connections."""
-        if self.answer is not None or isinstance(self.error, StaleEpoch):
+        if self.answer is not None or self.under_way or isinstance(self.error, StaleEpoch):
             return False
         lost_connection = isinstance(self.error, ConnectionLost)
         if not self.untried() and lost_connection and not self.repeated:
@@ -121,8 +129,12 @@ class _Ask:
 
     def take(self, node_id: str, result: AttendResult | LongreachError) -> None:
         """Keeps a node's result; an answer over fewer keys than asked counts as none."""
+        if self.answer is not None:
+            return
         if isinstance(result, LongreachError):
             self.error = result
+            if result.reason == "UNKNOWN_HANDLE":  # Its process is another one by now.
+                self.session.lost.add(node_id)
         elif result.work.keys_covered < result.work.keys_in_scope:
             self.error = CoverageTooLow(
                 f"node {node_id!r} holds {result.work.coverage:.1%} of {self.scope} of shard "
@@ -133,6 +145,7 @@ class _Ask:
 
     def report(self, into: Retrieved, row_bytes: int) -> None:
         """Adds this piece to its session's answer."""
+        into.hedged_requests += self.hedged
         if self.answer is not None:
             into.parts.append(HeadPart(self.q_head_start, self.answer.partial))
             into.work = into.work + self.answer.work
@@ -146,14 +159,26 @@ class _Ask:
         into.error = self.error
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Message:
-    """A request on its way to one node."""
+    """A request on its way to one node. `late` while it is out though it should have come;
+    `left` when its asks were answered by another node meanwhile."""
 
     node_id: str
     address: str
-    asks: list[_Ask]
+    health: NodeHealth
+    asks: list[_Ask] = field(default_factory=list)
+    size: int = 0
+    sent_at: float = 0.0
+    late_at: float = math.inf
+    late: bool = False
+    left: bool = False
     reply: asyncio.Future[Any] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to wait for."""
+        return self.reply is None or self.reply.done()
 
 
 class FanOut:
@@ -173,13 +198,16 @@ class FanOut:
         self._open_stream = open_stream
         self._streams: dict[str, NodeStream] = {}
         self._sessions: dict[str, NodeSession] = {}
-        self._suspect_until: dict[str, float] = {}
+        self._health: dict[str, NodeHealth] = {}
+        self._budget = HedgeBudget()
         self._request_ids = itertools.count(1)
-        self._awaited: Sequence[asyncio.Future[Any]] = ()
+        self._awaited: _InFlight | None = None
 
     def attach(self, session_id: str, session: NodeSession) -> None:
-        """Makes a session known."""
+        """Makes a session known; the nodes that opened it just now are well."""
         self._sessions[session_id] = session
+        for node_id in session.handles:
+            self.health(node_id).renewed()
 
     def detach(self, session_id: str) -> None:
         """Forgets a session."""
@@ -230,20 +258,53 @@ class FanOut:
             if not any(stream.unsent for stream in self._streams.values()):
                 return
 
-    def wait(self, replies: Sequence[asyncio.Future[Any]]) -> None:
-        """Drives the loop until every reply has come, failed or expired.
+    def wait(self, flight: _InFlight) -> None:
+        """Drives the loop until the flight has enough to go on with, or a reply of it is late.
 
         No task and no gather: starting and ending those costs more than the replies themselves.
         """
-        self._awaited = replies
-        while not all(reply.done() for reply in replies):
+        if flight.enough():
+            return
+        self._awaited = flight
+        late_at = max(flight.late_at(), time.monotonic() + _GLANCE_S)
+        timer = None if late_at == math.inf else self._loop.call_at(late_at, self._loop.stop)
+        while not flight.enough() and time.monotonic() < late_at:
             self._loop.run_forever()
-        self._awaited = ()
+        if timer is not None:
+            timer.cancel()
+        self._awaited = None
 
-    def arrived(self) -> None:
+    def arrived(self, message: _Message) -> None:
         """Called by the streams when a reply has come, failed or expired."""
-        if self._awaited and all(reply.done() for reply in self._awaited):
+        if message.left:
+            self.settle(message)
+        elif self._awaited is not None and self._awaited.enough():
             self._loop.stop()
+
+    def settle(self, message: _Message) -> None:
+        """Learns from the end of a message how its node is."""
+        health, now = message.health, time.monotonic()
+        if message.late:
+            message.late = False
+            health.late -= 1
+        failure = message.reply.exception() if message.reply is not None else None
+        if failure is None:
+            health.answered(message.size, now - message.sent_at)
+        elif isinstance(failure, ConnectionLost | DeadlineExceeded):
+            health.failed(message.sent_at, now)
+        else:
+            health.misled(now)
+
+    def health(self, node_id: str) -> NodeHealth:
+        """What is known of a node."""
+        found = self._health.get(node_id)
+        if found is None:
+            found = self._health[node_id] = NodeHealth()
+        return found
+
+    def may_hedge(self) -> bool:
+        """Takes leave for a request beyond the ordinary ones."""
+        return self._budget.take()
 
     def stream(self, address: str) -> NodeStream:
         """The one stream to a node."""
@@ -256,29 +317,44 @@ class FanOut:
         now = time.monotonic()
         messages: dict[str, _Message] = {}
         for ask in asks:
-            left = ask.untried()
-            if not left:
-                ask.error = ask.error or Unavailable(
-                    f"no node is left that holds shard {ask.piece.shard_id!r} for session "
-                    f"{ask.asked.session_id!r}; open the session again"
-                )
+            node_id = self._choose(ask, now)
+            if node_id is None:
                 continue
-            fit = [node_id for node_id in left if self._suspect_until.get(node_id, 0.0) <= now]
-            node_id = (fit or left)[0]
             ask.tried.add(node_id)
+            ask.under_way += 1
             if node_id not in messages:
                 address = ask.session.route.addresses[node_id]
-                messages[node_id] = _Message(node_id, address, [])
+                messages[node_id] = _Message(node_id, address, self.health(node_id))
             messages[node_id].asks.append(ask)
         return list(messages.values())
+
+    def _choose(self, ask: _Ask, now: float) -> str | None:
+        """The node to ask: the first that is well, else the first there is."""
+        left = ask.untried()
+        if not left:
+            ask.error = ask.error or Unavailable(
+                f"no node is left that holds shard {ask.piece.shard_id!r} for session "
+                f"{ask.asked.session_id!r}; open the session again"
+            )
+            return None
+        asked = [node_id for node_id in left if not self.health(node_id).refused(now)]
+        if not asked:
+            ask.tried.update(left)
+            ask.error = ask.error or Unavailable(
+                f"connections to {', '.join(left)} failed again and again and are left alone for "
+                "a while; open the session again"
+            )
+            return None
+        fit = [node_id for node_id in asked if not self.health(node_id).avoided(now)]
+        return (fit or asked)[0]
 
     def next_request_id(self) -> int:
         """A number that no other request of this worker has."""
         return next(self._request_ids)
 
-    def suspect(self, node_id: str) -> None:
-        """Prefers other nodes for a while."""
-        self._suspect_until[node_id] = time.monotonic() + SUSPECT_S
+    def sent(self, message: _Message) -> None:
+        """Counts a request that has left."""
+        self._budget.asked()
 
 
 class _InFlight:
@@ -302,22 +378,27 @@ class _InFlight:
         self._sessions = sessions
         self._asks = asks
         self._messages: list[_Message] = []
+        self._hedged = False
 
     def write(self, asks: Sequence[_Ask]) -> None:
         """Addresses the pieces to nodes and sends; `collect` hears of failures."""
-        self._messages = self._fanout.address_messages(asks)
-        for message in self._messages:
+        messages = self._fanout.address_messages(asks)
+        for message in messages:
             message.reply = self._submit(message)
-        if self._messages:
+        self._messages += messages
+        if messages:
             self._fanout.turn()
 
     def collect(self) -> Collected:
-        """Takes every reply, asking other nodes for what failed while there are any."""
+        """Takes every reply, asking other nodes for what failed or is late while there are any."""
         slowest = NodeTiming()
         while self._messages:
-            self._fanout.wait([message.reply for message in self._messages if message.reply])
-            timings = [self._take(message) for message in self._messages]
+            self._fanout.wait(self)
+            done = [message for message in self._messages if message.done]
+            timings = [self._take(message) for message in done]
             slowest = max([slowest, *timings], key=lambda timing: timing.total_s)
+            self._messages = [m for m in self._messages if not m.done and not self._leave(m)]
+            self._hedge()
             self.write([ask for ask in self._asks if ask.may_go_on()])
         answers = [Retrieved() for _ in range(self._sessions)]
         geometry = self._fanout.layers[self._layer]
@@ -327,25 +408,65 @@ class _InFlight:
             ask.report(answers[ask.number], row_bytes)
         return Collected(answers, slowest)
 
+    def enough(self) -> bool:
+        """Whether `collect` has something to do: every reply, or one where two nodes were asked."""
+        if self._hedged:
+            return any(message.done for message in self._messages)
+        return all(message.done for message in self._messages)
+
+    def late_at(self) -> float:
+        """When the next message counts as late."""
+        return min((message.late_at for message in self._messages), default=math.inf)
+
+    def _hedge(self) -> None:
+        """Asks a second node for what is late, and prefers others meanwhile."""
+        now = time.monotonic()
+        for message in [m for m in self._messages if m.late_at <= now]:
+            message.late_at = math.inf
+            message.late = True
+            message.health.late += 1
+            waiting = [ask for ask in message.asks if ask.answer is None]
+            if waiting and self._fanout.may_hedge():
+                self._hedged = True
+                for ask in waiting:
+                    ask.hedged += 1
+                self.write(waiting)
+
     def _submit(self, message: _Message) -> asyncio.Future[Any] | None:
         """The reply to come; None when the message cannot be made, and then its asks say why."""
         request_id = self._fanout.next_request_id()
         rows = [ask.for_node(message.node_id) for ask in message.asks]
+        message.size = sum(len(each.queries) * len(each.scope) for each in rows).bit_length()
+        now = message.sent_at = time.monotonic()
+        replicated = all(ask.untried() for ask in message.asks)
+        if replicated:
+            message.late_at = now + message.health.hedge_after_s(message.size)
+        patience_s = message.health.patience_s(message.size, replicated=replicated)
+        remaining_s = max(0.0, self._deadline - now)
+        timeout_s = remaining_s if patience_s is None else min(remaining_s, patience_s)
         try:
             request = wire.attend_request(request_id, self._layer, rows, self._scale, self._softcap)
             stream = self._fanout.stream(message.address)
-            return stream.submit(request, self._patience_s(message), self._fanout.arrived)
+            reply = stream.submit(
+                request, timeout_s, functools.partial(self._fanout.arrived, message)
+            )
         except LongreachError as error:
             self._fail(message, error)
             return None
+        self._fanout.sent(message)
+        return reply
 
     def _take(self, message: _Message) -> NodeTiming:
         """Takes one reply; returns the node's own times."""
+        for ask in message.asks:
+            ask.under_way -= 1
         if message.reply is None:
             return NodeTiming()
+        self._fanout.settle(message)
         try:
             response = message.reply.result()
             results = wire.attend_results_from_proto(response, [ask.rows for ask in message.asks])
+            _check_values(results, self._fanout.layers[self._layer].value_dim, message.node_id)
         except LongreachError as error:
             self._fail(message, error)
             return NodeTiming()
@@ -353,12 +474,39 @@ class _InFlight:
             ask.take(message.node_id, result)
         return wire.node_timing_from_proto(response)
 
-    def _fail(self, message: _Message, error: LongreachError) -> None:
-        self._fanout.suspect(message.node_id)
-        for ask in message.asks:
-            ask.error = error
+    def _leave(self, message: _Message) -> bool:
+        """Whether another node has answered all that a message asks; its reply then only tells how
+        the node is."""
+        if any(ask.answer is None for ask in message.asks):
+            return False
+        message.left = True
+        return True
 
-    def _patience_s(self, message: _Message) -> float:
-        remaining = max(0.0, self._deadline - time.monotonic())
-        replicated = all(ask.untried() for ask in message.asks)
-        return min(remaining, REPLICA_AFTER_S) if replicated else remaining
+    def _fail(self, message: _Message, error: LongreachError) -> None:
+        if not isinstance(error, ConnectionLost | DeadlineExceeded):
+            message.health.misled(time.monotonic())
+        for ask in message.asks:
+            if ask.answer is None:
+                ask.error = error
+
+
+def _check_values(
+    results: Sequence[AttendResult | LongreachError], value_dim: int, node_id: str
+) -> None:
+    """Raises Internal for partial attention that no honest node computes: it must never be merged.
+
+    An lse is a number or, where no key was seen, -inf.
+    """
+    for result in results:
+        if isinstance(result, LongreachError):
+            continue
+        output, lse = result.partial.output, result.partial.lse
+        if (
+            output.shape[-1] != value_dim
+            or not np.isfinite(output).all()
+            or not (lse < np.inf).all()
+        ):
+            raise Internal(
+                f"node {node_id!r} returned outputs {output.shape} of values of {value_dim} with "
+                f"{int((~np.isfinite(output)).sum())} that are no numbers; its answer is not used"
+            )

@@ -37,6 +37,7 @@ class Run:
     packed: slice = field(default_factory=lambda: slice(0, 0))
     work: WorkFigures = field(default_factory=WorkFigures)
     coverage: float = 1.0
+    hedged_requests: int = 0
     error: LongreachError | None = None
 
     @property
@@ -147,6 +148,7 @@ class Step:
     def account(self, run: Run, answer: Retrieved) -> None:
         """Adds one layer's answer to the run; fails it where less answered than it allows."""
         run.work = run.work + answer.work
+        run.hedged_requests += answer.hedged_requests
         coverage = answer.work.coverage
         run.coverage = min(run.coverage, coverage)
         error = answer.error

@@ -39,13 +39,14 @@ class Retrieved:
     """Answer to SessionQueries: parts over disjoint keys, not merged.
 
     `work.keys_covered` is below `work.keys_in_scope` where shards did not answer; `error` then says
-    which and why.
+    which and why. `hedged_requests` went to a second node because the first was late.
     """
 
     parts: list[HeadPart] = field(default_factory=list)
     work: WorkFigures = field(default_factory=WorkFigures)
     index_kinds: set[str] = field(default_factory=set)
     error: LongreachError | None = None
+    hedged_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)

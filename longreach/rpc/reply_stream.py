@@ -82,6 +82,7 @@ class ReplyStream(Generic[Request, Response]):
         self._unsent: deque[int] = deque()
         self._asked: dict[int, _Asked[Request, Response]] = {}
         self._in_flight_bytes = 0
+        self._highest = 0
         self._room = asyncio.Event()
         self._watch: asyncio.TimerHandle | None = None
 
@@ -110,6 +111,7 @@ class ReplyStream(Generic[Request, Response]):
             request, self._loop.create_future(), expires, on_done
         )
         self._asked[number] = asked
+        self._highest = max(self._highest, number)
         self._unsent.append(number)
         if self._sender is None:
             self._sender = self._loop.create_task(self._send())
@@ -189,9 +191,13 @@ class ReplyStream(Generic[Request, Response]):
                 response: Any = await call.read()
                 if response is grpc.aio.EOF:
                     break
-                asked = self._answered(self._reply_number(response))
+                number = self._reply_number(response)
+                asked = self._answered(number)
                 if asked is not None:  # Else it came after its deadline.
                     asked.succeed(response)
+                elif number > self._highest:
+                    error = Internal(f"{self._peer} answered request {number}, which nobody made")
+                    break
         except Exception as failure:
             error = self._meant(failure)
         self._break(call, error)

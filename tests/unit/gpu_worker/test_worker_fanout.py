@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_worker import fanout as module
+from gpu_worker import node_health
 from gpu_worker.fanout import FanOut, NodeSession
 from gpu_worker.methods.base import Collected, SessionQueries
 from gpu_worker.routes import plan_route
@@ -21,6 +22,7 @@ from longreach.errors import (
     CoverageTooLow,
     DeadlineExceeded,
     LongreachError,
+    NotFound,
     StaleEpoch,
     Unavailable,
 )
@@ -60,6 +62,7 @@ class ScriptedNode:
         self.messages = 0
         self.submit_error: LongreachError | None = None
         self.silent = False
+        self.delay_s = 0.0
         self.answer: Callable[[AttendRows], AttendResult | LongreachError] = self.exact
 
     def exact(self, rows: AttendRows) -> AttendResult:
@@ -79,6 +82,8 @@ class ScriptedNode:
             self.loop.call_later(timeout_s, reply.set_exception, error)
         elif self.submit_error is not None:
             reply.set_exception(self.submit_error)
+        elif self.delay_s:
+            self.loop.call_later(self.delay_s, reply.set_result, self.reply_to(request))
         else:
             self.loop.call_soon(reply.set_result, self.reply_to(request))
         return reply
@@ -99,6 +104,7 @@ class Tier:
     """Three scripted nodes and a fan-out over them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
         self.nodes = {f"n{i}": ScriptedNode(loop) for i in range(3)}
         self.fanout = FanOut(LAYERS, loop, lambda address, loop: self.nodes[address])
 
@@ -223,7 +229,8 @@ def test_what_a_node_does_not_answer_is_asked_of_its_replica(tier: Tier, how: st
 def test_a_silent_node_is_given_up_for_its_replica_and_avoided_for_a_while(
     tier: Tier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "REPLICA_AFTER_S", 0.01)
+    monkeypatch.setattr(node_health, "HEDGE_S_UNKNOWN", 10.0)
+    monkeypatch.setattr(node_health, "DEADLINE_S_UNKNOWN", 0.01)
     tier.attach(shard("a", ("n0", "n1")))
     tier.nodes["n0"].silent = True
     asked = queries()
@@ -231,6 +238,98 @@ def test_a_silent_node_is_given_up_for_its_replica_and_avoided_for_a_while(
         assert_exact(tier.ask(asked), asked)
     assert tier.nodes["n0"].messages == 1
     assert tier.nodes["n1"].messages == 3
+
+
+def test_a_late_request_goes_to_a_second_node_and_the_first_answer_wins(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_health, "HEDGE_S_UNKNOWN", 0.02)
+    tier.attach(shard("a", ("n0", "n1")))
+    late = tier.nodes["n0"]
+    late.delay_s = 0.15
+    asked = queries()
+    began = time.monotonic()
+    collected = tier.ask(asked)
+    assert_exact(collected, asked)
+    assert time.monotonic() - began < 0.15
+    assert collected.answers[0].hedged_requests == 1
+    # While its answer is out, the other one is asked at once.
+    again = tier.ask(asked)
+    assert_exact(again, asked)
+    assert again.answers[0].hedged_requests == 0
+    assert (late.messages, tier.nodes["n1"].messages) == (1, 2)
+    # When it has come, the node is as good as before.
+    tier.loop.run_until_complete(asyncio.sleep(0.2))
+    late.delay_s = 0.0
+    assert_exact(tier.ask(asked), asked)
+    assert late.messages == 2
+
+
+def test_both_answers_of_a_hedged_request_count_once(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_health, "HEDGE_S_UNKNOWN", 0.02)
+    tier.attach(shard("a", ("n0", "n1")))
+    tier.nodes["n0"].delay_s = tier.nodes["n1"].delay_s = 0.05
+    asked = queries()
+    collected = tier.ask(asked)
+    assert_exact(collected, asked)
+    work = collected.answers[0].work
+    assert work.keys_in_scope == work.keys_covered == 2 * 4 * len(asked.scope)
+
+
+def test_hedging_stays_within_its_budget(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_health, "HEDGE_S_UNKNOWN", 0.0)
+    monkeypatch.setattr(node_health, "HEDGE_S_MIN", 0.0)
+    monkeypatch.setattr(node_health.NodeHealth, "hedge_after_s", lambda self, size: 0.0)
+    tier.attach(shard("a", ("n0", "n1")))
+    for node in tier.nodes.values():
+        node.delay_s = 0.004
+    asked = queries()
+    hedged = sum(tier.ask(asked).answers[0].hedged_requests for _ in range(60))
+    total = sum(node.messages for node in tier.nodes.values())
+    assert 8 <= hedged <= 8 + 0.02 * total
+
+
+def test_an_answer_that_is_no_number_is_asked_of_another_node(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0", "n1")))
+    broken = tier.nodes["n0"]
+
+    def spoil(rows: AttendRows) -> AttendResult:
+        result = broken.exact(rows)
+        output = result.partial.output.copy()
+        output[0, 0, 3] = np.nan
+        return dataclasses.replace(result, partial=PartialAttention(output, result.partial.lse))
+
+    broken.answer = spoil
+    asked = queries()
+    assert_exact(tier.ask(asked), asked)
+    assert_exact(tier.ask(asked), asked)
+    assert broken.messages == 1  # Others are preferred for a while.
+
+
+def test_a_node_that_lost_its_memory_is_asked_once(tier: Tier) -> None:
+    session = tier.attach(shard("a", ("n0", "n1")))
+    tier.nodes["n0"].answer = lambda rows: NotFound("who?", reason="UNKNOWN_HANDLE")
+    asked = queries()
+    for _ in range(2):
+        assert_exact(tier.ask(asked), asked)
+    assert tier.nodes["n0"].messages == 1
+    assert session.lost == {"n0"}
+
+
+def test_connections_that_fail_again_and_again_are_left_alone(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0",)))
+    node = tier.nodes["n0"]
+    node.submit_error = ConnectionLost("refused")
+    asked = queries()
+    for _ in range(4):
+        assert tier.ask(asked).answers[0].error is not None
+    assert node.messages == node_health.FAILURES_MAX
+    # A session that it opens is a sign of life.
+    node.submit_error = None
+    tier.attach(shard("a", ("n0",)))
+    assert_exact(tier.ask(asked), asked)
 
 
 def test_a_suspect_node_is_still_asked_where_it_is_the_only_one(tier: Tier) -> None:
