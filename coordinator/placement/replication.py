@@ -41,9 +41,12 @@ def replicate(
         for node in nodes
     }
     shards = list(shard_map.shards)
+    sizes = [shard_room_bytes(context, shard, index_reserve) for shard in shards]
+    # The largest first: a large one that comes last would find all nodes equally full.
+    largest_first = sorted(range(len(shards)), key=lambda at: -sizes[at])
     for _ in range(1, replicas):
-        for at, shard in enumerate(shards):
-            size = shard_room_bytes(context, shard, index_reserve)
+        for at in largest_first:
+            shard, size = shards[at], sizes[at]
             target = next_holder(shard, nodes, free, size, load)
             if target is not None:
                 shards[at] = dataclasses.replace(shard, node_ids=(*shard.node_ids, target.node_id))

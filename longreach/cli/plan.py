@@ -87,6 +87,9 @@ def _add_node_flags(parser: argparse.ArgumentParser) -> None:
         help=f"memory of a node; the fewest that hold it are planned (default {_NODE_MEMORY})",
     )  # fmt: skip
     parser.add_argument(
+        "--replicas", type=int, default=2, metavar="N", help="copies of everything (default 2)"
+    )
+    parser.add_argument(
         "--node-cores", type=int, default=16, metavar="N", help="cores of a node (default 16)"
     )
 
@@ -123,6 +126,7 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         accelerator=find_accelerator(arguments.gpu),
         budget=budget,
         tail_tokens=parse_tokens(arguments.tail),
+        replicas=arguments.replicas,
         node_cores=arguments.node_cores,
         nodes=arguments.nodes,
         node_memory_bytes=node_memory,

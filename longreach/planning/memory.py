@@ -91,12 +91,20 @@ def device_bytes(shape: ModelShape, context: int, sessions: int, resident: Resid
 
 
 def node_bytes(
-    shape: ModelShape, context: int, contexts: int, sessions: int, tail_tokens: int
+    shape: ModelShape,
+    context: int,
+    contexts: int,
+    sessions: int,
+    tail_tokens: int,
+    copies: int = 1,
 ) -> NodeBytes:
-    """Bytes on all nodes for `contexts` contexts and `sessions` tails of `tail_tokens`."""
-    stored = contexts * context * shape.token_bytes
-    tails = sessions * tail_tokens * shape.token_bytes
-    indexes = contexts * context * sum(index_token_bytes(layer) for layer in shape.searched)
+    """Bytes on all nodes for `copies` of `contexts` contexts and `sessions` tails of
+    `tail_tokens`: whoever holds a context holds its sessions' tails."""
+    stored = copies * contexts * context * shape.token_bytes
+    tails = copies * sessions * tail_tokens * shape.token_bytes
+    indexes = (
+        copies * contexts * context * sum(index_token_bytes(layer) for layer in shape.searched)
+    )
     return NodeBytes(stored, indexes, tails, int(stored * (1 + INDEX_RESERVE)) + tails)
 
 

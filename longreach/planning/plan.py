@@ -33,8 +33,8 @@ class Workload:
 
     `concurrency` sessions at a time, each over one of `contexts` stored contexts of `context`
     tokens, with tails (question and answer) of up to `tail_tokens`. `nodes` or `node_memory_bytes`
-    is 0 where it is to be found. `sparse_density` is the share of visible pairs that a sparse
-    prefill computes.
+    is 0 where it is to be found; `replicas` copies of everything are kept on them.
+    `sparse_density` is the share of visible pairs that a sparse prefill computes.
     """
 
     shape: ModelShape
@@ -44,6 +44,7 @@ class Workload:
     accelerator: Accelerator
     budget: Budget
     tail_tokens: int = 2048
+    replicas: int = 2
     node_cores: int = 16
     nodes: int = 0
     node_memory_bytes: int = 0
@@ -52,7 +53,7 @@ class Workload:
     resident: Resident = field(default_factory=Resident)
 
     def __post_init__(self) -> None:
-        for name in ("context", "concurrency", "contexts"):
+        for name in ("context", "concurrency", "contexts", "replicas"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.sparse_density <= 1:
@@ -99,11 +100,14 @@ def make_plan(workload: Workload, profile: MachineProfile | None = None) -> Plan
         slots,
     )
     device = device_bytes(shape, context, slots, resident)
-    needed = node_bytes(
-        shape, context, workload.contexts, workload.concurrency, workload.tail_tokens
-    )
+    stored = (context, workload.contexts, workload.concurrency, workload.tail_tokens)
     nodes = plan_nodes(
-        shape, needed, workload.node_cores, workload.nodes, workload.node_memory_bytes
+        shape,
+        node_bytes(shape, *stored),
+        workload.node_cores,
+        workload.nodes,
+        workload.node_memory_bytes,
+        workload.replicas,
     )
     accelerator, target = workload.accelerator, workload.ttft_target_s
     return Plan(
@@ -111,7 +115,7 @@ def make_plan(workload: Workload, profile: MachineProfile | None = None) -> Plan
         workers=workers,
         device=device,
         device_fits=device.total <= DEVICE_MEMORY_SHARE * accelerator.memory_bytes,
-        node=needed,
+        node=node_bytes(shape, *stored, copies=nodes.copies),
         nodes=nodes,
         step=step_bytes(shape),
         dense=estimate_prefill(shape, context, accelerator, 1.0, target),

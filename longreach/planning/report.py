@@ -64,7 +64,7 @@ def _tiers(plan: Plan) -> Iterator[str]:
          f"a full KV cache of these sessions: {bytes_text(device.full_kv)}"),
         ("  prefill, hidden states and one layer", device.prefill, "while a prompt is stored"),
         ("nodes' memory, all nodes", node.room, "what must be free to be admitted"),
-        ("  K and V", node.contexts, ""),
+        ("  K and V", node.contexts, f"{plan.nodes.copies} copies"),
         ("  indexes (sketch)", node.indexes, "25% of K and V is kept free for them"),
         ("  tails of sessions", node.tails, f"{plan.workload.tail_tokens} tokens each"),
         ("nodes' disks, all nodes", plan.disk_bytes, "snapshots"),
@@ -88,7 +88,7 @@ def _nodes(plan: Plan) -> Iterator[str]:
     nodes = plan.nodes
     yield (
         f"nodes: {nodes.count} of {bytes_text(nodes.memory_bytes)} and {nodes.cores} cores, "
-        f"placement {nodes.policy}"
+        f"{nodes.copies} copies, placement {nodes.policy}"
     )
     yield f"  why: {nodes.why}"
 

@@ -41,8 +41,8 @@ worker:
 retrievalNode:
   # {nodes.why}.
   replicas: {nodes.count}
-  # Over all nodes: K and V {bytes_text(node.contexts)}, index reserve 25%, tails \
-{bytes_text(node.tails)}.
+  # Over all nodes: {nodes.copies} copies, K and V {bytes_text(node.contexts)}, index reserve 25%, \
+tails {bytes_text(node.tails)}.
   # A node gives 80% of its limit to them.
   resources:
     # One core is left to the machine's own services.
@@ -54,6 +54,7 @@ retrievalNode:
 coordinator:
   config:
     placement: {nodes.policy}
+    replicas: {nodes.copies}
     default_budget: "{work.budget}"
 """
 

@@ -100,7 +100,7 @@ def test_sessions_beyond_a_workers_slots_need_another_worker() -> None:
 
 def test_json_holds_every_figure_and_is_json() -> None:
     plan = json.loads(json.dumps(plan_json(plan_of())))
-    assert plan["node"]["contexts"] == 10**6 * 131072
+    assert plan["node"]["contexts"] == 2 * 10**6 * 131072, "two copies"
     assert plan["workload"]["budget"] == "top_k=100"
     assert plan["dense"]["accelerators"] > plan["sparse"]["accelerators"]
     assert [column["tokens"] for column in plan["table1"]] == [128000, 256000, 512000, 1024000]
@@ -137,7 +137,8 @@ def test_the_command_prints_plans_and_refuses_nonsense(
 ) -> None:
     missing = ["--profile", str(tmp_path / "none.json")]
     assert main(["plan", "--model", "llama-3-8b", "--context", "1M", "--json", *missing]) == 0
-    assert json.loads(capsys.readouterr().out)["nodes"]["count"] == 1
+    nodes = json.loads(capsys.readouterr().out)["nodes"]
+    assert nodes["count"] == nodes["copies"] == 2
     assert main(["plan", "--model", "llama-3-8b", "--nodes", "3", "--values", *missing]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["retrievalNode"]["replicas"] == 3
     for wrong, word in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from coordinator.placement import planner
@@ -49,6 +51,32 @@ def test_the_plan_places_as_the_coordinator_will(shape: ModelShape, nodes: int, 
     assert (plan.waves, plan.messages) == pytest.approx((theirs.waves, theirs.messages))
     fullest = max(bytes_by_node(context, placed.shards).values())
     assert plan.fullest_share == pytest.approx(fullest / context.room_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("nodes", [1, 2, 3, 5, 8, 11])
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_copies_fill_the_nodes_as_the_coordinators_will(
+    shape: ModelShape, nodes: int, replicas: int
+) -> None:
+    """On whichever node a context begins; and with one of them exactly so."""
+    first, view = coordinators_view(shape, nodes, 16)
+    plan = plan_nodes(shape, node_bytes(shape, TOKENS, 1, 0, 0), 16, count=nodes, replicas=replicas)
+    shares = []
+    for number in range(4 * nodes):
+        context = dataclasses.replace(first, context_id=f"context-{number}")
+        placed = planner.place(context, view, replicas=replicas)
+        assert plan.copies == min(replicas, nodes) == min(len(s.node_ids) for s in placed.shards)
+        held = bytes_by_node(context, placed.shards)
+        assert sum(held.values()) == node_bytes(shape, TOKENS, 1, 0, 0, copies=plan.copies).contexts
+        shares.append(max(held.values()) / sum(held.values()))
+    assert plan.fullest_share == pytest.approx(max(shares), rel=1e-6)
+
+
+def test_copies_need_as_many_nodes_even_where_one_had_room() -> None:
+    shape = load_shape("llama-3-8b")
+    one_copy = node_bytes(shape, 1000, 1, 1, 10)
+    assert plan_nodes(shape, one_copy, 16, memory_bytes=1 << 40, replicas=2).count == 2
 
 
 def test_the_price_of_a_message_is_the_coordinators() -> None:
