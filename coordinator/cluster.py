@@ -7,6 +7,7 @@ I/O. Times are seconds of one monotonic clock, passed in.
                 ^ <───heartbeat──────┘                         │
                 └────────────────heartbeat─────────────────────┘
     leave:  any state ──> LEAVING ──60 s silent──> forgotten      time to finish what it has
+    drain:  any state keeps its state and gets nothing new until its process ends
 
 A member is known by its name; an incarnation is one life of its process. A new incarnation has
 lost its memory; one that was replaced is refused from then on.
@@ -39,7 +40,8 @@ class MemberState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A member's report: a worker brings `worker`, a node brings `node`."""
+    """A member's report: a worker brings `worker`, a node brings `node`. `draining`: it is about to
+    leave and wants to be emptied first."""
 
     member_id: str
     incarnation: int
@@ -49,6 +51,7 @@ class Heartbeat:
     cores: int = 1
     worker: WorkerStatus | None = None
     node: NodeStats | None = None
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,15 @@ class Paused:
     seconds: float
 
 
-Event = Heartbeat | Leave | Unreachable | Tick | Paused
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """An operator wants a member emptied: it gets nothing new and keeps what it has until that is
+    elsewhere."""
+
+    member_id: str
+
+
+Event = Heartbeat | Leave | Drain | Unreachable | Tick | Paused
 
 
 class Change(enum.Enum):
@@ -90,6 +101,7 @@ class Change(enum.Enum):
     MOVED = "moved"
     SUSPECTED = "suspected"
     DIED = "died"
+    DRAINING = "draining"
     LEFT = "left"
     FORGOTTEN = "forgotten"
 
@@ -107,16 +119,23 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member as last reported; `seen_at` is the time of its last report."""
+    """A member as last reported; `seen_at` is the time of its last report. One that is `draining`
+    gets nothing new, whatever its state; that ends with its process."""
 
     report: Heartbeat
     state: MemberState
     seen_at: float
+    draining: bool = False
 
     @property
     def member_id(self) -> str:
         """The stable name."""
         return self.report.member_id
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether it may get anything new."""
+        return self.state is MemberState.ALIVE and not self.draining
 
     @property
     def reachable(self) -> bool:
@@ -139,6 +158,8 @@ class Cluster:
                 actions = self._heartbeat(event, now)
             case Leave():
                 actions = self._leave(event)
+            case Drain():
+                actions = self._drain(event.member_id)
             case Unreachable():
                 actions = self._suspect(event.member_id)
             case Tick():
@@ -164,11 +185,11 @@ class Cluster:
 
     def workers(self) -> list[Member]:
         """Workers that may get new work."""
-        return [m for m in self.members() if m.state is MemberState.ALIVE and m.report.worker]
+        return [m for m in self.members() if m.takes_work and m.report.worker]
 
     def nodes(self) -> list[Member]:
         """Nodes that may get new work."""
-        return [m for m in self.members() if m.state is MemberState.ALIVE and m.report.node]
+        return [m for m in self.members() if m.takes_work and m.report.node]
 
     def readdress(self, shard_map: ShardMap) -> ShardMap:
         """The map with the addresses its nodes have now; those of unknown nodes stay."""
@@ -194,8 +215,20 @@ class Cluster:
         state = MemberState.ALIVE
         if leaving and change is not Change.RESTARTED:
             state, change = MemberState.LEAVING, None
-        self._members[name] = Member(report, state, now)
-        return [Action(change, name)] if change else []
+        asked = old is not None and old.draining and change is not Change.RESTARTED
+        draining = report.draining or asked
+        self._members[name] = Member(report, state, now, draining)
+        actions = [Action(change, name)] if change else []
+        if draining and not asked:
+            actions.append(Action(Change.DRAINING, name))
+        return actions
+
+    def _drain(self, member_id: str) -> list[Action]:
+        member = self._members.get(member_id)
+        if member is None or member.draining:
+            return []
+        self._members[member_id] = dataclasses.replace(member, draining=True)
+        return [Action(Change.DRAINING, member_id)]
 
     def _leave(self, event: Leave) -> list[Action]:
         member = self._members.get(event.member_id)

@@ -59,6 +59,17 @@ class CoordinatorConfig(KubernetesSettings, GatewaySettings, TlsSettings):
         "Copies of each context that names no number, on distinct nodes; fewer where there are "
         "fewer nodes or their memory does not allow it.",
     )
+    repair_grace_s: float = setting(
+        20.0,
+        "Seconds that a node may be dead before its shards are copied to others: a restart that "
+        "reads its snapshots again is quicker than a copy.",
+    )
+    repair_copies: int = setting(2, "Shards that are copied from node to node at the same time.")
+    rebalance_pause_s: float = setting(
+        10.0,
+        "Seconds between two moves of a shard from the fullest node to the emptiest; negative "
+        "leaves shards where they are.",
+    )
     index_reserve: float = setting(
         0.25, "Room for indexes kept free beside a new context, as a share of its K and V bytes."
     )
@@ -100,6 +111,7 @@ class CoordinatorConfig(KubernetesSettings, GatewaySettings, TlsSettings):
             )
         for name in (
             "default_max_tokens",
+            "repair_copies",
             "inline_prompt_tokens",
             "question_tokens_per_step",
             "question_step_ms",
@@ -108,6 +120,8 @@ class CoordinatorConfig(KubernetesSettings, GatewaySettings, TlsSettings):
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 1 <= self.replicas <= REPLICAS_MAX:
             raise InvalidRequest(f"replicas is {self.replicas}; it must be in [1, {REPLICAS_MAX}]")
+        if self.repair_grace_s < 0:
+            raise InvalidRequest(f"repair_grace_s is {self.repair_grace_s}; it must be 0 or more")
         if self.max_waiting < 0:
             raise InvalidRequest(f"max_waiting is {self.max_waiting}; it must be 0 or more")
         if self.failover_patience_s < 0:

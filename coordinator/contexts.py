@@ -30,6 +30,7 @@ from coordinator.models import Models
 from coordinator.placement.base import ContextToPlace, check_room
 from coordinator.placement.planner import place, policy_names
 from coordinator.prefixes import PrefixIndex
+from coordinator.repairing import Limits, Repairing
 from coordinator.requests import (
     NewContext,
     check_context_length,
@@ -89,6 +90,7 @@ class Contexts:
         models: Models,
         config: CoordinatorConfig,
         on_delete: Callable[[str, LongreachError], Awaitable[None]],
+        on_route_changed: Callable[[str], None],
         on_sessions: Callable[[list[SessionInventory]], None],
     ) -> None:
         self._cluster = cluster
@@ -125,6 +127,20 @@ class Contexts:
             on_sessions=on_sessions,
             catch_up=lambda: self.following.follow(),
         )
+        pause_s = config.rebalance_pause_s
+        self.repairing = Repairing(
+            self._book,
+            cluster,
+            driver,
+            self._holdings,
+            self._filling,
+            Limits(
+                copies=config.repair_copies,
+                grace_s=config.repair_grace_s,
+                rebalance_pause_s=pause_s if pause_s >= 0 else None,
+            ),
+            on_route_changed,
+        )
         self.following = Following(
             self._book,
             cluster,
@@ -134,6 +150,7 @@ class Contexts:
             self.settling,
             self._prefixes,
             on_removed=on_delete,
+            on_route_changed=on_route_changed,
         )
 
     async def start(self) -> None:
@@ -154,6 +171,7 @@ class Contexts:
 
     async def close(self) -> None:
         """Abandons what is still being stored and waits for the clean-up."""
+        await self.repairing.close()
         self._filling.abandon_all(
             Unavailable("the coordinator is shutting down", reason="DRAINING")
         )

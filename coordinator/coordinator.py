@@ -112,6 +112,7 @@ class Coordinator:
             config,
             on_delete=self._end_sessions,
             on_sessions=self._sessions_found,
+            on_route_changed=lambda context_id: self.sessions.route_changed(context_id),
         )
         self.sessions = Sessions(
             self._cluster,
@@ -134,6 +135,7 @@ class Coordinator:
         await self.contexts.start()
         self._spawn(self._watch_clock())
         self._spawn(self.contexts.following.run())
+        self._spawn(self.contexts.repairing.run())
         if self._kubernetes is not None:
             self._kubernetes.start()
 

@@ -10,11 +10,12 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from coordinator.cluster import Heartbeat
+from coordinator.repairs import Copy
 from longreach import security
 from longreach.errors import DeadlineExceeded, LongreachError, Unavailable
 from longreach.rpc.retrieval import CONTROL_TIMEOUT_S, AsyncNodeClient
@@ -22,6 +23,7 @@ from longreach.rpc.worker import WorkerClient
 from longreach.steps import PrefillProgress, StepOutcome, StepRow, WorkerStatus
 from longreach.types import (
     Budget,
+    CopyProgress,
     Identity,
     NodeStats,
     SessionInventory,
@@ -86,6 +88,21 @@ class NodePeer(Peer, Protocol):
 
     async def drop(self, context_id: str, capability: bytes) -> int:
         """Forgets a context; returns bytes freed."""
+
+    async def drop_shards(
+        self, context_id: str, shard_ids: Sequence[str], capability: bytes
+    ) -> int:
+        """Forgets some shards of a context; returns bytes freed."""
+
+    def copy(
+        self,
+        context_id: str,
+        shard_id: str,
+        source_id: str,
+        source_address: str,
+        capability: bytes,
+    ) -> AsyncIterator[CopyProgress]:
+        """Copies a shard from a peer; the last progress is sealed."""
 
     async def close_session(self, session_id: str, capability: bytes, epoch: int = 0) -> int:
         """Ends a session by id, unless its epoch is newer; returns bytes freed."""
@@ -152,6 +169,12 @@ class Driver:
             security.Capability("write", tenant, context_id, expires), self._secret
         )
 
+    def place_capability(self, context_id: str, tenant: str, epoch: int) -> bytes:
+        """Leave to copy and drop shards as the map of a placement epoch wants."""
+        expires = time.time() + CAPABILITY_TTL_S
+        capability = security.Capability("place", tenant, context_id, expires, epoch=epoch)
+        return security.sign(capability, self._secret)
+
     def read_capability(self, record: SessionRecord) -> bytes:
         """Leave to open a session."""
         expires = time.time() + CAPABILITY_TTL_S
@@ -181,6 +204,34 @@ class Driver:
             if isinstance(answer, LongreachError)
         )
         return Dropped(sum(a for a in answers if isinstance(a, int)), failed)
+
+    async def copy(self, copy: Copy, tenant: str, epoch: int) -> AsyncGenerator[CopyProgress, None]:
+        """Has the target copy a shard from the source; ends once it is sealed.
+
+        Raises what either node refused, Unavailable where one is lost.
+        """
+        capability = self.place_capability(copy.context_id, tenant, epoch)
+        calls = self.node(copy.target).copy(
+            copy.context_id,
+            copy.shard.shard_id,
+            copy.source,
+            self._address_of(copy.source),
+            capability,
+        )
+        sealed = False
+        async for progress in calls:
+            sealed = progress.sealed
+            yield progress
+        if not sealed:
+            raise Unavailable(f"node {copy.target} ended the copy without sealing it")
+
+    async def drop_shards(
+        self, node_id: str, context_id: str, tenant: str, shard_ids: Sequence[str], epoch: int
+    ) -> int:
+        """Drops some shards of a context from a node; returns the bytes freed. Raises
+        FailedPrecondition while a session over the context is open there."""
+        capability = self.place_capability(context_id, tenant, epoch)
+        return await self.node(node_id).drop_shards(context_id, shard_ids, capability)
 
     async def inventory(
         self, node_id: str

@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 class Following:
-    """Brings the book up to date. `on_removed` ends the generations on a context."""
+    """Brings the book up to date. `on_removed` ends the generations on a context;
+    `on_route_changed` is told the context whose map another coordinator changed."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Following:
         settling: Settling,
         prefixes: PrefixIndex,
         on_removed: Callable[[str, LongreachError], Awaitable[None]],
+        on_route_changed: Callable[[str], None],
     ) -> None:
         self._book = book
         self._cluster = cluster
@@ -49,6 +51,7 @@ class Following:
         self._settling = settling
         self._prefixes = prefixes
         self._on_removed = on_removed
+        self._on_route_changed = on_route_changed
         self._turn = asyncio.Lock()
         self._answered = True
 
@@ -116,7 +119,10 @@ class Following:
         if not record.filling and record.state is not ContextState.FAILED:
             await self._ask_holders(record)
             record = holdings.settled(record, self._holdings.missing(record))
+        known = self._book.records.get(record.context_id)
         self._book.show(record)
+        if known is not None and known.shard_map.epoch < record.shard_map.epoch:
+            self._on_route_changed(record.context_id)
         if record.state is ContextState.READY:
             with contextlib.suppress(Unavailable):  # only the lookup by prefix needs the tokens
                 token_ids = await self._book.token_ids(record.context_id)

@@ -85,6 +85,42 @@ class Holdings:
             if not any(self.holds(n, record.context_id, shard) for n in shard.node_ids)
         ]
 
+    def nodes(self) -> frozenset[str]:
+        """The nodes whose inventory is known."""
+        return frozenset(self._nodes)
+
+    def holders(self, context_id: str, shard: Shard) -> list[str]:
+        """Every node that is known to hold a sealed copy of a shard, in name order."""
+        names = sorted(self._nodes.keys() | self._prefilled.keys())
+        return [name for name in names if self.holds(name, context_id, shard)]
+
+    def sealed_on(self, node_id: str, context_id: str) -> list[Shard]:
+        """The sealed shards of a context that a node holds, under whatever map."""
+        reported = self._nodes.get(node_id, {}).get(context_id, ())
+        found = {rectangle(item.shard) for item in reported}
+        return sorted(
+            found | self._prefilled.get(node_id, {}).get(context_id, set()),
+            key=lambda shard: shard.shard_id,
+        )
+
+    def copied(self, node_id: str, context_id: str, shard: Shard) -> None:
+        """A node holds a sealed copy since now."""
+        by_context = self._prefilled.setdefault(node_id, {})
+        by_context.setdefault(context_id, set()).add(rectangle(shard))
+
+    def gave_up(self, node_id: str, context_id: str, shard_ids: Collection[str]) -> None:
+        """A node dropped some shards of a context."""
+        reported = self._nodes.get(node_id, {})
+        if context_id in reported:
+            reported[context_id] = [
+                item for item in reported[context_id] if item.shard.shard_id not in shard_ids
+            ]
+        prefilled = self._prefilled.get(node_id, {})
+        if context_id in prefilled:
+            prefilled[context_id] = {
+                shard for shard in prefilled[context_id] if shard.shard_id not in shard_ids
+            }
+
     def copies(self, record: ContextRecord, shard: Shard) -> list[str]:
         """The nodes of a shard's map entry that hold it, in the map's order."""
         return [n for n in shard.node_ids if self.holds(n, record.context_id, shard)]
@@ -134,14 +170,13 @@ def interrupted(record: ContextRecord) -> ContextRecord:
 
 
 def leftovers(
-    node_id: str,
     inventory: Iterable[ShardInventory],
     records: Mapping[str, ContextRecord],
     tombstones: Collection[str],
 ) -> dict[str, str]:
-    """Contexts that a node should drop (id to tenant): deleted and failed ones, copies that the map
-    does not put there, and shards whose prefill was interrupted. Contexts being filled are the
-    caller's concern."""
+    """Contexts that a node should drop (id to tenant): deleted and failed ones, and those whose
+    prefill was interrupted. Contexts being filled are the caller's concern; shards of stored ones
+    that the map does not put there are for repairs to use or drop."""
     found: dict[str, str] = {}
     for item in inventory:
         record = records.get(item.context_id)
@@ -149,11 +184,8 @@ def leftovers(
             useless = not item.sealed or item.context_id in tombstones
         elif record.filling:
             useless = False  # its owner is at work
-        elif record.state is ContextState.FAILED:
-            useless = True
         else:
-            planned = {rectangle(s) for s in record.shard_map.shards if node_id in s.node_ids}
-            useless = rectangle(item.shard) not in planned or not item.sealed
+            useless = record.state is ContextState.FAILED
         if useless:
             found[item.context_id] = item.identity.tenant
     return found

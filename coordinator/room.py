@@ -57,4 +57,5 @@ def _node_view(member: Member, promises: list[Promise]) -> NodeView:
         free_bytes=max(0, stats.memory_limit_bytes - used - promised),
         host=member.report.host,
         zone=member.report.zone,
+        limit_bytes=stats.memory_limit_bytes,
     )

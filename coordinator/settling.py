@@ -99,7 +99,7 @@ class Settling:
         self._holdings.report(node_id, inventory)
         if await self._may_sweep():
             book = self._book
-            useless = holdings.leftovers(node_id, inventory, book.records, book.tombstones)
+            useless = holdings.leftovers(inventory, book.records, book.tombstones)
             for context_id, tenant in useless.items():
                 if context_id not in self._filling:
                     self._sweeper.sweep(context_id, tenant, [node_id])

@@ -412,6 +412,38 @@ class ShardInventory:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardHeader:
+    """What a shard that is copied is; it comes first."""
+
+    context_id: str
+    shard: Shard
+    identity: Identity
+    geometry: tuple[LayerGeometry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEnd:
+    """What seals a shard that is copied; it comes last. `token_ids` int32 [span]; `checksum` is the
+    CRC-32 at the seal."""
+
+    token_ids: npt.NDArray[np.int32]
+    checksum: int
+
+
+ShardPart = ShardHeader | KvBlock | QuerySample | ShardEnd
+
+
+@dataclass(frozen=True, slots=True)
+class CopyProgress:
+    """How far a copy is, in bytes of K and V; `sealed` once it serves, with its CRC-32."""
+
+    bytes_copied: int
+    bytes_total: int
+    sealed: bool = False
+    checksum: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStats:
     """Memory and counters of a node, bytes."""
 

@@ -62,7 +62,12 @@ def run(config: NodeConfig) -> None:
     store = build_store(config)
     store.expect_snapshots()  # The server answers before they are read: its health is asked for.
     server, address, readiness = start_server(
-        store, config.listen, config.max_streams, files, config.health_listen
+        store,
+        config.listen,
+        config.max_streams,
+        files,
+        config.health_listen,
+        config.copy_bytes_per_s,
     )
     loaded = store.load_snapshots()
     _LOG.info(

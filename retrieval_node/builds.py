@@ -139,6 +139,11 @@ class ShardIndexes(LayerIndexes):
         with self._lock:
             return self._samples.get(layer)
 
+    def samples(self) -> dict[int, QuerySample]:
+        """Prefill queries of every layer whose build is still to come."""
+        with self._lock:
+            return dict(self._samples)
+
     def release(self) -> int:
         """See LayerIndexes.release; the samples go too."""
         freed = super().release()

@@ -49,6 +49,11 @@ class NodeConfig(TlsSettings):
     session_timeout_s: float = setting(
         3600.0, "a session nobody has read or appended to for this long is closed"
     )
+    copy_bytes_per_s: int = setting(
+        128 * 2**20,
+        "bytes per second of copies from and to other nodes (repairs, drains, rebalancing); 0 for "
+        "no limit",
+    )
     coordinators: str = setting("", "host:port of the coordinators, comma separated")
     cluster_secret: str = setting("", "secret shared by the cluster's services; signs capabilities")
     exit_with_parent: bool = setting(False, "stop when the parent process is gone")
@@ -63,6 +68,8 @@ class NodeConfig(TlsSettings):
             raise InvalidRequest(
                 f"memory_limit_bytes is {self.memory_limit_bytes}; write 0 or more"
             )
+        if self.copy_bytes_per_s < 0:
+            raise InvalidRequest(f"copy_bytes_per_s is {self.copy_bytes_per_s}; write 0 or more")
         for name in ("build_threads", "max_streams"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -187,6 +187,21 @@ class Contexts:
         """Takes a context out; the caller frees it."""
         with self._lock:
             return self._contexts.pop(context_id, None)
+
+    def pop_shards(
+        self, context_id: str, shard_ids: Collection[str]
+    ) -> tuple[list[Filling], list[Served]]:
+        """Takes some shards of a context out; the caller frees them."""
+        with self._lock:
+            context = self._contexts.get(context_id)
+            if context is None:
+                return [], []
+            filling = [context.filling.pop(s) for s in shard_ids if s in context.filling]
+            served = [context.served.pop(s) for s in shard_ids if s in context.served]
+            context.refresh()
+            if not context.filling and not context.served:
+                del self._contexts[context_id]
+            return filling, served
 
     def pop_abandoned(self, timeout_s: float) -> list[Filling]:
         """Takes out filling shards that no stream has put into for `timeout_s` seconds."""

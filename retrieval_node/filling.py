@@ -105,6 +105,23 @@ class FillingShard:
                 for written in heads
             )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V when it is complete."""
+        with self._lock:
+            return sum(kv.keys.nbytes + kv.values.nbytes for kv in self._layers.values())
+
+    def first_missing(self) -> tuple[int, int]:
+        """The layer and position from which on a copy must be sent: everything in the layers
+        before, and in that layer before the position, is here."""
+        with self._lock:
+            for layer in self.shard.layers:
+                gaps = [written.first_gap(self.shard.span) for written in self._written[layer]]
+                missing = [gap for gap in gaps if gap is not None]
+                if missing:
+                    return layer, min(missing)
+        return self.shard.layers[-1] + 1, 0
+
     def drop(self) -> None:
         """Frees the arrays; writers that are still at work get FailedPrecondition."""
         with self._lock:

@@ -34,12 +34,15 @@ def read_blocks(
     for layer in sorted(layers or held):
         for served in context.by_layer.get(layer, ()) if context else ():
             sealed = served.sealed
-            yield from _cut(layer, sealed.layers[layer], sealed.shard.kv_head_start, of_context)
+            yield from cut_blocks(
+                layer, sealed.layers[layer], sealed.shard.kv_head_start, of_context
+            )
         for piece in session.tail_view(layer):
-            yield from _cut(layer, piece.kv, piece.place.kv_head_start, span)
+            yield from cut_blocks(layer, piece.kv, piece.place.kv_head_start, span)
 
 
-def _cut(layer: int, kv: LayerKv, kv_head_start: int, span: Span) -> Iterator[KvBlock]:
+def cut_blocks(layer: int, kv: LayerKv, kv_head_start: int, span: Span) -> Iterator[KvBlock]:
+    """The positions of `span` that a layer's arrays hold, in blocks of about BLOCK_BYTES."""
     wanted = span.intersect(kv.positions)
     step = max(1, BLOCK_BYTES // (kv.kv_heads * kv.row_bytes))
     for start in range(wanted.start, wanted.stop, step):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +17,10 @@ from longreach.errors import Internal, InvalidRequest, LongreachError
 from longreach.rpc.authorization import Authorization, Policy
 from longreach.rpc.channels import server_options
 from longreach.rpc.health import Readiness, serve_health
+from longreach.rpc.retrieval import NodeClient
 from longreach.rpc.status import map_errors
-from longreach.rpc.tls import open_port
-from longreach.security.peers import Role
+from longreach.rpc.tls import ChannelTls, open_port
+from longreach.security.peers import PeerIdentity, Role
 from longreach.security.tls import TlsFiles
 from longreach.types import AttendResult, AttendRows
 from longreach.v1 import retrieval_pb2 as pb
@@ -26,19 +29,27 @@ from longreach.v1.retrieval_pb2_grpc import (
     add_RetrievalServiceServicer_to_server,
 )
 from retrieval_node.attend import Attended
+from retrieval_node.copying import Bandwidth, Copier
 from retrieval_node.store import PutStream, Store
 
 _LOG = logging.getLogger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
-POLICY = Policy({SERVICE_NAME: frozenset({Role.WORKER, Role.COORDINATOR})})
+POLICY = Policy(
+    {
+        SERVICE_NAME: frozenset({Role.WORKER, Role.COORDINATOR}),
+        f"{SERVICE_NAME}/ReadShard": frozenset({Role.NODE}),
+        f"{SERVICE_NAME}/Copy": frozenset({Role.COORDINATOR}),
+    }
+)
 """Who may call a node where TLS is on."""
 
 
 class RetrievalServer(RetrievalServiceServicer):
     """Answers the RPCs of a node from its store."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, copier: Copier) -> None:
         self._store = store
+        self._copier = copier
 
     @map_errors
     def Put(  # noqa: N802
@@ -161,8 +172,48 @@ class RetrievalServer(RetrievalServiceServicer):
             yield pb.ReadResponse(block=wire.kv_block_to_proto(block))
 
     @map_errors
+    def Copy(  # noqa: N802
+        self, request: pb.CopyRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.CopyResponse]:
+        """Copies a shard from a peer."""
+        for progress in self._copier.copy(
+            request.context_id,
+            request.shard_id,
+            request.capability,
+            request.source_node_id,
+            request.source_address,
+            _cancellation(context),
+        ):
+            yield pb.CopyResponse(
+                bytes_copied=progress.bytes_copied,
+                bytes_total=progress.bytes_total,
+                sealed=progress.sealed,
+                checksum=progress.checksum,
+            )
+
+    @map_errors
+    def ReadShard(  # noqa: N802
+        self, request: pb.ReadShardRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ReadShardResponse]:
+        """Streams a sealed shard to a peer."""
+        for part in self._copier.read_shard(
+            request.context_id,
+            request.shard_id,
+            request.capability,
+            request.layer,
+            request.start,
+            _cancellation(context),
+        ):
+            yield wire.shard_part_to_proto(part)
+
+    @map_errors
     def Drop(self, request: pb.DropRequest, context: grpc.ServicerContext) -> pb.DropResponse:  # noqa: N802
-        """Forgets a context."""
+        """Forgets a context, or some of its shards."""
+        if request.shard_ids:
+            freed = self._store.drop_shards(
+                request.context_id, list(request.shard_ids), request.capability
+            )
+            return pb.DropResponse(bytes_freed=freed)
         return pb.DropResponse(bytes_freed=self._store.drop(request.context_id, request.capability))
 
     @map_errors
@@ -181,6 +232,20 @@ class RetrievalServer(RetrievalServiceServicer):
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:  # noqa: N802
         """Memory and counters."""
         return wire.node_stats_to_proto(self._store.stats())
+
+
+def _peer(files: TlsFiles | None, node_id: str, address: str) -> NodeClient:
+    """A client of another node, whose certificate must name it."""
+    server_name = PeerIdentity(Role.NODE, node_id).server_name
+    return NodeClient(address, tls=ChannelTls(files, lambda _: server_name) if files else None)
+
+
+def _cancellation(context: grpc.ServicerContext) -> threading.Event:
+    """Set when the call has ended, however it ended."""
+    ended = threading.Event()
+    if not context.add_callback(ended.set):
+        ended.set()
+    return ended
 
 
 def _attend_response(
@@ -215,10 +280,12 @@ def start_server(
     max_streams: int,
     files: TlsFiles | None = None,
     health_listen: str = "",
+    copy_bytes_per_s: int = 0,
 ) -> tuple[grpc.Server, str, Readiness]:
     """Starts to answer on `listen`; returns the server, its address and the readiness switch.
 
     With `files` by mutual TLS, and health checks in plain text on `health_listen` if given.
+    `copy_bytes_per_s` limits copies from and to other nodes; 0 does not.
 
     An open stream pins a thread, so there are as many threads as RPCs are allowed at once; one
     more is refused with RESOURCE_EXHAUSTED instead of waiting.
@@ -230,7 +297,8 @@ def start_server(
         options=server_options(),
         maximum_concurrent_rpcs=max_streams,
     )
-    add_RetrievalServiceServicer_to_server(RetrievalServer(store), server)
+    copier = Copier(store, Bandwidth(copy_bytes_per_s), functools.partial(_peer, files))
+    add_RetrievalServiceServicer_to_server(RetrievalServer(store, copier), server)
     readiness = serve_health(server, [SERVICE_NAME])
     address = open_port(server, listen, files)
     if files and health_listen:

@@ -122,6 +122,12 @@ def read_shard(path: Path, memory: MemoryBudget) -> LoadedShard:
     return LoadedShard(sealed, samples, reservation, samples_reservation, path)
 
 
+def read_samples(path: Path) -> dict[int, QuerySample]:
+    """The query samples of a shard's file, by layer; raises BrokenFileError."""
+    with TensorFile(path) as file:
+        return _read_description(file)[2]
+
+
 @dataclass(frozen=True, slots=True)
 class _Description:
     context_id: str

@@ -10,11 +10,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
+from typing import Literal
 
 from longreach.errors import (
+    FailedPrecondition,
     IdentityMismatch,
+    Internal,
     InvalidRequest,
     LongreachError,
+    NotFound,
     PermissionDenied,
     Unavailable,
 )
@@ -38,6 +42,7 @@ from retrieval_node.attend import Attended, attend
 from retrieval_node.builds import Builder, ShardIndexes
 from retrieval_node.contexts import Context, Contexts, Filling, Served
 from retrieval_node.counters import Counters
+from retrieval_node.fences import PlacementFences
 from retrieval_node.memory import MemoryBudget, Use, resident_bytes
 from retrieval_node.reading import read_blocks
 from retrieval_node.sessions import Session, SessionTable, check_record
@@ -82,6 +87,13 @@ class PutStream:
             self._target.fill.add_sample(sample, self._target.samples_reservation.grow)
 
     @property
+    def bytes_total(self) -> int:
+        """Bytes of K and V the shard has when it is complete."""
+        if isinstance(self._target, Filling):
+            return self._target.fill.nbytes
+        return self._target.sealed.nbytes
+
+    @property
     def bytes_stored(self) -> int:
         """Bytes of K and V the shard holds now."""
         if isinstance(self._target, Filling):
@@ -111,6 +123,7 @@ class Store:
         self._loading = False
         self._contexts = Contexts(memory, builder.kind, clock)
         self._sessions = SessionTable(memory, builder, clock)
+        self._fences = PlacementFences()
         self._counters = Counters()
 
     def put(
@@ -120,13 +133,16 @@ class Store:
         identity: Identity,
         layers: Sequence[LayerGeometry],
         capability: bytes,
+        *,
+        action: Literal["write", "place"] = "write",
     ) -> PutStream:
-        """Begins or resumes filling a shard; its whole memory is reserved now.
+        """Begins or resumes filling a shard; its whole memory is reserved now. `action` is what the
+        capability must allow.
 
         Raises PermissionDenied, InvalidRequest for a shard that cannot be, IdentityMismatch and
         FailedPrecondition when the node holds another shard in its place, ResourceExhausted.
         """
-        allowed = self._allow_write(context_id, capability)
+        allowed = self._allow(action, context_id, capability)
         if allowed.tenant != identity.tenant:
             raise PermissionDenied(
                 f"the capability is for tenant {allowed.tenant!r}, the identity of tenant "
@@ -151,11 +167,66 @@ class Store:
 
         Sealing again is a no-op. Raises FailedPrecondition while anything is missing.
         """
-        self._allow_write(context_id, capability)
+        self._allow("write", context_id, capability)
         found = self._contexts.find(context_id, shard_id)
         served = self._seal(found, token_ids) if isinstance(found, Filling) else found
         served.sealed.check_tokens(served.sealed.shard.span, token_ids)
         return served.sealed.checksum, served.sealed.nbytes
+
+    def found_for_copy(
+        self, context_id: str, shard_id: str, capability: bytes
+    ) -> Filling | Served | None:
+        """A shard that may be copied here, as far as it is here. Raises PermissionDenied, and
+        StaleEpoch for a copy that was decided on an older map."""
+        allowed = self._allow("place", context_id, capability)
+        self._fences.pass_or_raise(context_id, allowed.epoch)
+        try:
+            return self._contexts.find(context_id, shard_id)
+        except NotFound:
+            return None
+
+    def sealed_for_copy(self, context_id: str, shard_id: str, capability: bytes) -> Served:
+        """A shard to copy from here; raises NotFound, FailedPrecondition while it is filling."""
+        self._allow("place", context_id, capability)
+        found = self._contexts.find(context_id, shard_id)
+        if isinstance(found, Filling):
+            raise FailedPrecondition(
+                f"shard {shard_id!r} of context {context_id!r} is not sealed on this node; copy it "
+                "from another holder"
+            )
+        return found
+
+    def seal_copy(
+        self,
+        context_id: str,
+        shard_id: str,
+        capability: bytes,
+        token_ids: TokenIds,
+        checksum: int,
+    ) -> tuple[int, int]:
+        """Makes a copied shard visible when it has the checksum of its source; returns checksum and
+        bytes. Raises Internal, having dropped the shard, when it has another."""
+        self._allow("place", context_id, capability)
+        found = self._contexts.find(context_id, shard_id)
+        served = self._seal(found, token_ids, checksum) if isinstance(found, Filling) else found
+        return served.sealed.checksum, served.sealed.nbytes
+
+    def drop_shards(self, context_id: str, shard_ids: Sequence[str], capability: bytes) -> int:
+        """Forgets some shards of a context, which are elsewhere now; returns the bytes freed.
+
+        Raises PermissionDenied, StaleEpoch when decided on an older map, and FailedPrecondition
+        while a session over the context is open here: it may be reading them.
+        """
+        allowed = self._allow("place", context_id, capability)
+        self._fences.pass_or_raise(context_id, allowed.epoch)
+        if open_here := self._sessions.inventory(context_id):
+            raise FailedPrecondition(
+                f"{len(open_here)} sessions over context {context_id!r} are open on this node; "
+                "drop its shards when they have ended",
+                reason="SESSIONS_OPEN",
+            )
+        filling, served = self._contexts.pop_shards(context_id, shard_ids)
+        return _free(filling) + sum(self._release(each) for each in served)
 
     def open_session(
         self,
@@ -229,17 +300,14 @@ class Store:
 
         Attends that are at work keep the arrays alive until they are done.
         """
-        self._allow_write(context_id, capability)
+        self._allow("write", context_id, capability)
         context = self._contexts.pop(context_id)
+        self._fences.forget(context_id)
         freed = self._sessions.end_of_context(context_id)
         if context is None:
             return freed
         freed += _free(context.filling.values())
-        for served in context.served.values():
-            freed += served.indexes.release() + served.reservation.release()
-            if self._snapshots is not None:
-                self._snapshots.remove(served)
-        return freed
+        return freed + sum(self._release(each) for each in context.served.values())
 
     def inventory(
         self, context_id: str = ""
@@ -291,10 +359,26 @@ class Store:
         if self._snapshots is not None:
             self._snapshots.close()
 
-    def _seal(self, filling: Filling, token_ids: TokenIds) -> Served:
+    def _release(self, served: Served) -> int:
+        freed = served.indexes.release() + served.reservation.release()
+        if self._snapshots is not None:
+            self._snapshots.remove(served)
+        return freed
+
+    def _seal(
+        self, filling: Filling, token_ids: TokenIds, expected_checksum: int | None = None
+    ) -> Served:
         fill = filling.fill
         self._contexts.check_tokens(fill.context_id, fill.shard.span, token_ids)
         sealed = fill.seal(token_ids)
+        if expected_checksum not in (None, sealed.checksum):
+            _free(self._contexts.pop_shards(fill.context_id, [fill.shard.shard_id])[0])
+            raise Internal(
+                f"shard {fill.shard.shard_id!r} of context {fill.context_id!r} came with checksum "
+                f"{sealed.checksum:08x} and was sealed with {expected_checksum:08x}; the copy was "
+                "dropped: copy it again, from another holder if there is one",
+                reason="CHECKSUM_MISMATCH",
+            )
         samples = fill.samples()
         indexes = ShardIndexes(sealed, samples, filling.samples_reservation, self._builder.kind)
         served = Served(sealed, indexes, filling.reservation)
@@ -328,9 +412,11 @@ class Store:
         context_id = session.record.context_id
         return session, self._contexts.get(context_id) if context_id else None
 
-    def _allow_write(self, context_id: str, capability: bytes) -> Capability:
+    def _allow(
+        self, action: Literal["write", "place"], context_id: str, capability: bytes
+    ) -> Capability:
         return verify(
-            capability, self._secret, now=self._clock(), action="write", context_id=context_id
+            capability, self._secret, now=self._clock(), action=action, context_id=context_id
         )
 
     def _allow_session(self, capability: bytes, record: SessionRecord, identity: Identity) -> None:

@@ -44,7 +44,8 @@ class ContextToPlace:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """A node that may hold new KV. `free_bytes` already leaves out what others have reserved."""
+    """A node that may hold new KV. `free_bytes` already leaves out what others have reserved;
+    `limit_bytes` is all that it may use, 0 where that is not known."""
 
     node_id: str
     address: str
@@ -52,6 +53,17 @@ class NodeView:
     free_bytes: int
     host: str = ""
     zone: str = ""
+    limit_bytes: int = 0
+
+    @property
+    def used_share(self) -> float:
+        """Share of its memory in use or promised, in [0, 1]."""
+        return self.share_with(0)
+
+    def share_with(self, more_bytes: int) -> float:
+        """That share with so many bytes more."""
+        used = self.limit_bytes - self.free_bytes + more_bytes
+        return used / self.limit_bytes if self.limit_bytes else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ loop. AttendStream is the token path, AppendStream the way of new tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 import grpc
@@ -23,6 +23,7 @@ from longreach.rpc.tls import ChannelTls
 from longreach.types import (
     AttendResult,
     AttendRows,
+    CopyProgress,
     Identity,
     KvBlock,
     LayerGeometry,
@@ -32,6 +33,7 @@ from longreach.types import (
     SessionRecord,
     Shard,
     ShardInventory,
+    ShardPart,
     Span,
 )
 from longreach.v1 import retrieval_pb2 as pb
@@ -174,6 +176,28 @@ class NodeClient:
         finally:
             call.cancel()
 
+    def read_shard(
+        self, context_id: str, shard_id: str, capability: bytes, layer: int, start: int
+    ) -> Iterator[ShardPart]:
+        """A sealed shard for a copy of it: header, samples, K and V from position `start` of
+        `layer` on, end. Closing the iterator cancels the call."""
+        call = self._stub.ReadShard(
+            pb.ReadShardRequest(
+                context_id=context_id,
+                shard_id=shard_id,
+                capability=capability,
+                layer=layer,
+                start=start,
+            )
+        )
+        try:
+            for response in call:
+                yield wire.shard_part_from_proto(response)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, peer=self.address) from None
+        finally:
+            call.cancel()
+
     @_raises_longreach_errors
     def attend_once(
         self, layer: int, rows: Sequence[AttendRows], scale: float, softcap: float = 0.0
@@ -232,6 +256,50 @@ class AsyncNodeClient:
             return (await self._stub.Drop(request, timeout=self._timeout_s)).bytes_freed
         except grpc.RpcError as error:
             raise error_from_rpc(error, peer=self.address) from None
+
+    async def drop_shards(
+        self, context_id: str, shard_ids: Sequence[str], capability: bytes
+    ) -> int:
+        """Forgets some shards of a context; returns the bytes freed."""
+        request = pb.DropRequest(
+            context_id=context_id, capability=capability, shard_ids=list(shard_ids)
+        )
+        try:
+            return (await self._stub.Drop(request, timeout=self._timeout_s)).bytes_freed
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, peer=self.address) from None
+
+    async def copy(
+        self,
+        context_id: str,
+        shard_id: str,
+        source_id: str,
+        source_address: str,
+        capability: bytes,
+    ) -> AsyncIterator[CopyProgress]:
+        """Has the node copy a shard from a peer; the last progress is sealed. Closing the iterator
+        cancels the copy."""
+        call = self._stub.Copy(
+            pb.CopyRequest(
+                context_id=context_id,
+                shard_id=shard_id,
+                source_node_id=source_id,
+                source_address=source_address,
+                capability=capability,
+            )
+        )
+        try:
+            async for response in call:
+                yield CopyProgress(
+                    response.bytes_copied,
+                    response.bytes_total,
+                    response.sealed,
+                    response.checksum,
+                )
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, peer=self.address) from None
+        finally:
+            call.cancel()
 
     async def close_session(self, session_id: str, capability: bytes, epoch: int = 0) -> int:
         """Ends a session by id, if the node has it and its epoch is not newer than a given one;

@@ -16,18 +16,20 @@ from typing import Literal
 from longreach.errors import PermissionDenied
 
 _TAG_BYTES = 32
+Action = Literal["read", "write", "place", "close"]
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """Leave to `read` (open a session on) or `write` (put, seal, drop) a context, or to `close` a
-    session by its id.
+    """Leave to `read` (open a session on) or `write` (put, seal, drop) a context, to `place` it
+    (copy its shards from node to node, drop some of them), or to `close` a session by its id.
 
-    `expires_at` is in Unix seconds; `epoch` and `session_id` are 0 and "" for writing. To close,
-    only `session_id` counts: who closes what a crash left open knows no more.
+    `expires_at` is in Unix seconds; `epoch` is that of the session to read, of the shard map to
+    place by, else 0; `session_id` is "" but to read and to close. To close, only `session_id`
+    counts: who closes what a crash left open knows no more.
     """
 
-    action: Literal["read", "write", "close"]
+    action: Action
     tenant: str
     context_id: str
     expires_at: float
@@ -46,7 +48,7 @@ def verify(
     secret: bytes,
     *,
     now: float,
-    action: Literal["read", "write", "close"],
+    action: Action,
     context_id: str,
     session_id: str = "",
 ) -> Capability:

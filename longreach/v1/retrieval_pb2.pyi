@@ -829,6 +829,190 @@ class ReadResponse(_message.Message):
 Global___ReadResponse: _TypeAlias = ReadResponse  # noqa: Y015
 
 @_typing.final
+class CopyRequest(_message.Message):
+    """Asks a node to copy a shard from a peer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_ID_FIELD_NUMBER: _builtins.int
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_NODE_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ADDRESS_FIELD_NUMBER: _builtins.int
+    CAPABILITY_FIELD_NUMBER: _builtins.int
+    context_id: _builtins.str
+    """Context."""
+    shard_id: _builtins.str
+    """Shard."""
+    source_node_id: _builtins.str
+    """Node that holds it."""
+    source_address: _builtins.str
+    """host:port of that node."""
+    capability: _builtins.bytes
+    """Capability to place the context, of the epoch of the map that the copy is for. An epoch below
+    one that the node has seen is refused.
+    """
+    def __init__(
+        self,
+        *,
+        context_id: _builtins.str = ...,
+        shard_id: _builtins.str = ...,
+        source_node_id: _builtins.str = ...,
+        source_address: _builtins.str = ...,
+        capability: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "context_id", b"context_id", "shard_id", b"shard_id", "source_address", b"source_address", "source_node_id", b"source_node_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyRequest: _TypeAlias = CopyRequest  # noqa: Y015
+
+@_typing.final
+class CopyResponse(_message.Message):
+    """Progress of a copy, several times a second."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_COPIED_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    bytes_copied: _builtins.int
+    """Bytes of K and V that are here."""
+    bytes_total: _builtins.int
+    """Bytes of K and V of the shard."""
+    sealed: _builtins.bool
+    """Set in the last one: the shard serves."""
+    checksum: _builtins.int
+    """CRC-32, when sealed."""
+    def __init__(
+        self,
+        *,
+        bytes_copied: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+        sealed: _builtins.bool = ...,
+        checksum: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_copied", b"bytes_copied", "bytes_total", b"bytes_total", "checksum", b"checksum", "sealed", b"sealed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyResponse: _TypeAlias = CopyResponse  # noqa: Y015
+
+@_typing.final
+class ReadShardRequest(_message.Message):
+    """Asks for a sealed shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_ID_FIELD_NUMBER: _builtins.int
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    CAPABILITY_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    context_id: _builtins.str
+    """Context."""
+    shard_id: _builtins.str
+    """Shard."""
+    capability: _builtins.bytes
+    """Capability to place the context."""
+    layer: _builtins.int
+    """First layer whose K and V are still needed; layers come in ascending order."""
+    start: _builtins.int
+    """First position of that layer that is needed."""
+    def __init__(
+        self,
+        *,
+        context_id: _builtins.str = ...,
+        shard_id: _builtins.str = ...,
+        capability: _builtins.bytes = ...,
+        layer: _builtins.int = ...,
+        start: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "context_id", b"context_id", "layer", b"layer", "shard_id", b"shard_id", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadShardRequest: _TypeAlias = ReadShardRequest  # noqa: Y015
+
+@_typing.final
+class ReadShardResponse(_message.Message):
+    """A part of a shard: the header, then samples and blocks, then the end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    BLOCK_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___PutHeader:
+        """First message; its capability is empty."""
+
+    @_builtins.property
+    def block(self) -> _common_pb2.KvBlock:
+        """K and V."""
+
+    @_builtins.property
+    def sample(self) -> Global___QuerySample:
+        """Queries seen in prefill, where the node still has them."""
+
+    @_builtins.property
+    def end(self) -> Global___ShardEnd:
+        """Last message."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___PutHeader | None = ...,
+        block: _common_pb2.KvBlock | None = ...,
+        sample: Global___QuerySample | None = ...,
+        end: Global___ShardEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "header", b"header", "part", b"part", "sample", b"sample"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "header", b"header", "part", b"part", "sample", b"sample"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "block", "sample", "end"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ReadShardResponse: _TypeAlias = ReadShardResponse  # noqa: Y015
+
+@_typing.final
+class ShardEnd(_message.Message):
+    """What seals a copied shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    checksum: _builtins.int
+    """CRC-32 at the seal."""
+    @_builtins.property
+    def token_ids(self) -> _tensor_pb2.Tensor:
+        """Token ids of the shard's span, I32 [span]."""
+
+    def __init__(
+        self,
+        *,
+        checksum: _builtins.int = ...,
+        token_ids: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardEnd: _TypeAlias = ShardEnd  # noqa: Y015
+
+@_typing.final
 class DropRequest(_message.Message):
     """Forgets a context."""
 
@@ -836,19 +1020,27 @@ class DropRequest(_message.Message):
 
     CONTEXT_ID_FIELD_NUMBER: _builtins.int
     CAPABILITY_FIELD_NUMBER: _builtins.int
+    SHARD_IDS_FIELD_NUMBER: _builtins.int
     context_id: _builtins.str
     """Context."""
     capability: _builtins.bytes
-    """Capability to write the context."""
+    """Capability to write the context; with `shard_ids`, to place it."""
+    @_builtins.property
+    def shard_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these shards; empty for the whole context. Refused with FAILED_PRECONDITION while a session
+        over the context is open on the node.
+        """
+
     def __init__(
         self,
         *,
         context_id: _builtins.str = ...,
         capability: _builtins.bytes = ...,
+        shard_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "context_id", b"context_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "context_id", b"context_id", "shard_ids", b"shard_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

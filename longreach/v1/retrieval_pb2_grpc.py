@@ -75,6 +75,16 @@ class RetrievalServiceStub:
                 request_serializer=longreach_dot_v1_dot_retrieval__pb2.ReadRequest.SerializeToString,
                 response_deserializer=longreach_dot_v1_dot_retrieval__pb2.ReadResponse.FromString,
                 _registered_method=True)
+        self.Copy = channel.unary_stream(
+                '/longreach.v1.RetrievalService/Copy',
+                request_serializer=longreach_dot_v1_dot_retrieval__pb2.CopyRequest.SerializeToString,
+                response_deserializer=longreach_dot_v1_dot_retrieval__pb2.CopyResponse.FromString,
+                _registered_method=True)
+        self.ReadShard = channel.unary_stream(
+                '/longreach.v1.RetrievalService/ReadShard',
+                request_serializer=longreach_dot_v1_dot_retrieval__pb2.ReadShardRequest.SerializeToString,
+                response_deserializer=longreach_dot_v1_dot_retrieval__pb2.ReadShardResponse.FromString,
+                _registered_method=True)
         self.Drop = channel.unary_unary(
                 '/longreach.v1.RetrievalService/Drop',
                 request_serializer=longreach_dot_v1_dot_retrieval__pb2.DropRequest.SerializeToString,
@@ -155,8 +165,25 @@ class RetrievalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Copy(self, request, context):
+        """Copies a sealed shard from another node to this one: a repair, a drain, a rebalance. The copy is
+        invisible until its checksum is that of the source. Ending the call cancels it; a shard that is
+        there in part goes on where it stopped. Bandwidth is limited at both ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadShard(self, request, context):
+        """Reads a sealed shard with all that a copy of it needs. For nodes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drop(self, request, context):
-        """Forgets a context, sealed or not; sessions on it end.
+        """Forgets a context, sealed or not; sessions on it end. Or only some shards of it, which are held
+        elsewhere now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -218,6 +245,16 @@ def add_RetrievalServiceServicer_to_server(servicer, server):
                     servicer.Read,
                     request_deserializer=longreach_dot_v1_dot_retrieval__pb2.ReadRequest.FromString,
                     response_serializer=longreach_dot_v1_dot_retrieval__pb2.ReadResponse.SerializeToString,
+            ),
+            'Copy': grpc.unary_stream_rpc_method_handler(
+                    servicer.Copy,
+                    request_deserializer=longreach_dot_v1_dot_retrieval__pb2.CopyRequest.FromString,
+                    response_serializer=longreach_dot_v1_dot_retrieval__pb2.CopyResponse.SerializeToString,
+            ),
+            'ReadShard': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadShard,
+                    request_deserializer=longreach_dot_v1_dot_retrieval__pb2.ReadShardRequest.FromString,
+                    response_serializer=longreach_dot_v1_dot_retrieval__pb2.ReadShardResponse.SerializeToString,
             ),
             'Drop': grpc.unary_unary_rpc_method_handler(
                     servicer.Drop,
@@ -452,6 +489,60 @@ class RetrievalService:
             '/longreach.v1.RetrievalService/Read',
             longreach_dot_v1_dot_retrieval__pb2.ReadRequest.SerializeToString,
             longreach_dot_v1_dot_retrieval__pb2.ReadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Copy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/longreach.v1.RetrievalService/Copy',
+            longreach_dot_v1_dot_retrieval__pb2.CopyRequest.SerializeToString,
+            longreach_dot_v1_dot_retrieval__pb2.CopyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadShard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/longreach.v1.RetrievalService/ReadShard',
+            longreach_dot_v1_dot_retrieval__pb2.ReadShardRequest.SerializeToString,
+            longreach_dot_v1_dot_retrieval__pb2.ReadShardResponse.FromString,
             options,
             channel_credentials,
             insecure,

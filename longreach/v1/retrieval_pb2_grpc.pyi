@@ -55,8 +55,17 @@ class RetrievalServiceStub:
     """K and V of new tokens, one message per step with all layers of the node."""
     Read: _grpc.UnaryStreamMultiCallable[_retrieval_pb2.ReadRequest, _retrieval_pb2.ReadResponse]
     """Reads KV back: the resident set of a worker that takes a session over, a copy to a peer."""
+    Copy: _grpc.UnaryStreamMultiCallable[_retrieval_pb2.CopyRequest, _retrieval_pb2.CopyResponse]
+    """Copies a sealed shard from another node to this one: a repair, a drain, a rebalance. The copy is
+    invisible until its checksum is that of the source. Ending the call cancels it; a shard that is
+    there in part goes on where it stopped. Bandwidth is limited at both ends.
+    """
+    ReadShard: _grpc.UnaryStreamMultiCallable[_retrieval_pb2.ReadShardRequest, _retrieval_pb2.ReadShardResponse]
+    """Reads a sealed shard with all that a copy of it needs. For nodes."""
     Drop: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.DropRequest, _retrieval_pb2.DropResponse]
-    """Forgets a context, sealed or not; sessions on it end."""
+    """Forgets a context, sealed or not; sessions on it end. Or only some shards of it, which are held
+    elsewhere now.
+    """
     Inventory: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.InventoryRequest, _retrieval_pb2.InventoryResponse]
     """Everything the node holds; the catalog can be rebuilt from it."""
     Stats: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.StatsRequest, _retrieval_pb2.StatsResponse]
@@ -89,8 +98,17 @@ class RetrievalServiceAsyncStub(RetrievalServiceStub):
     """K and V of new tokens, one message per step with all layers of the node."""
     Read: _aio.UnaryStreamMultiCallable[_retrieval_pb2.ReadRequest, _retrieval_pb2.ReadResponse]  # type: ignore[assignment]
     """Reads KV back: the resident set of a worker that takes a session over, a copy to a peer."""
+    Copy: _aio.UnaryStreamMultiCallable[_retrieval_pb2.CopyRequest, _retrieval_pb2.CopyResponse]  # type: ignore[assignment]
+    """Copies a sealed shard from another node to this one: a repair, a drain, a rebalance. The copy is
+    invisible until its checksum is that of the source. Ending the call cancels it; a shard that is
+    there in part goes on where it stopped. Bandwidth is limited at both ends.
+    """
+    ReadShard: _aio.UnaryStreamMultiCallable[_retrieval_pb2.ReadShardRequest, _retrieval_pb2.ReadShardResponse]  # type: ignore[assignment]
+    """Reads a sealed shard with all that a copy of it needs. For nodes."""
     Drop: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.DropRequest, _retrieval_pb2.DropResponse]  # type: ignore[assignment]
-    """Forgets a context, sealed or not; sessions on it end."""
+    """Forgets a context, sealed or not; sessions on it end. Or only some shards of it, which are held
+    elsewhere now.
+    """
     Inventory: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.InventoryRequest, _retrieval_pb2.InventoryResponse]  # type: ignore[assignment]
     """Everything the node holds; the catalog can be rebuilt from it."""
     Stats: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.StatsRequest, _retrieval_pb2.StatsResponse]  # type: ignore[assignment]
@@ -170,12 +188,33 @@ class RetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
         """Reads KV back: the resident set of a worker that takes a session over, a copy to a peer."""
 
     @_abc_1.abstractmethod
+    def Copy(
+        self,
+        request: _retrieval_pb2.CopyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_retrieval_pb2.CopyResponse], _abc.AsyncIterator[_retrieval_pb2.CopyResponse]]:
+        """Copies a sealed shard from another node to this one: a repair, a drain, a rebalance. The copy is
+        invisible until its checksum is that of the source. Ending the call cancels it; a shard that is
+        there in part goes on where it stopped. Bandwidth is limited at both ends.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadShard(
+        self,
+        request: _retrieval_pb2.ReadShardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_retrieval_pb2.ReadShardResponse], _abc.AsyncIterator[_retrieval_pb2.ReadShardResponse]]:
+        """Reads a sealed shard with all that a copy of it needs. For nodes."""
+
+    @_abc_1.abstractmethod
     def Drop(
         self,
         request: _retrieval_pb2.DropRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_retrieval_pb2.DropResponse, _abc.Awaitable[_retrieval_pb2.DropResponse]]:
-        """Forgets a context, sealed or not; sessions on it end."""
+        """Forgets a context, sealed or not; sessions on it end. Or only some shards of it, which are held
+        elsewhere now.
+        """
 
     @_abc_1.abstractmethod
     def Inventory(

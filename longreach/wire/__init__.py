@@ -20,6 +20,8 @@ from longreach.wire.kv import (
     kv_block_to_proto,
     query_sample_from_proto,
     query_sample_to_proto,
+    shard_part_from_proto,
+    shard_part_to_proto,
 )
 from longreach.wire.placement import (
     geometry_from_proto,
@@ -109,6 +111,8 @@ __all__ = [
     "shard_inventory_to_proto",
     "shard_map_from_proto",
     "shard_map_to_proto",
+    "shard_part_from_proto",
+    "shard_part_to_proto",
     "shard_to_proto",
     "span_from_proto",
     "span_to_proto",

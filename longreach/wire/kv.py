@@ -5,9 +5,25 @@ from __future__ import annotations
 import numpy as np
 
 from longreach.errors import InvalidRequest, MalformedTensor
-from longreach.types import STORAGE_DTYPES, AppendEntry, KvBlock, QuerySample
+from longreach.types import (
+    STORAGE_DTYPES,
+    AppendEntry,
+    KvBlock,
+    QuerySample,
+    ShardEnd,
+    ShardHeader,
+    ShardPart,
+)
 from longreach.v1 import common_pb2, retrieval_pb2
-from longreach.wire.placement import layers_from_proto
+from longreach.wire.placement import (
+    geometry_from_proto,
+    geometry_to_proto,
+    identity_from_proto,
+    identity_to_proto,
+    layers_from_proto,
+    shard_from_proto,
+    shard_to_proto,
+)
 from longreach.wire.tensor import tensor_from_proto, tensor_to_proto
 
 _POSITION_DTYPE = np.dtype("<i8")
@@ -71,6 +87,53 @@ def query_sample_from_proto(msg: retrieval_pb2.QuerySample) -> QuerySample:
         finite=True,
     )
     return QuerySample(msg.layer, msg.kv_head_start, positions, queries)
+
+
+def shard_part_to_proto(part: ShardPart) -> retrieval_pb2.ReadShardResponse:
+    """A part of a shard that is copied."""
+    match part:
+        case ShardHeader():
+            header = retrieval_pb2.PutHeader(
+                context_id=part.context_id,
+                shard=shard_to_proto(part.shard),
+                identity=identity_to_proto(part.identity),
+                layers=[geometry_to_proto(each) for each in part.geometry],
+            )
+            return retrieval_pb2.ReadShardResponse(header=header)
+        case KvBlock():
+            return retrieval_pb2.ReadShardResponse(block=kv_block_to_proto(part))
+        case QuerySample():
+            return retrieval_pb2.ReadShardResponse(sample=query_sample_to_proto(part))
+        case ShardEnd():
+            end = retrieval_pb2.ShardEnd(
+                checksum=part.checksum, token_ids=tensor_to_proto(part.token_ids)
+            )
+            return retrieval_pb2.ReadShardResponse(end=end)
+
+
+def shard_part_from_proto(msg: retrieval_pb2.ReadShardResponse) -> ShardPart:
+    """A part of a shard that is copied; raises InvalidRequest for an empty message."""
+    match msg.WhichOneof("part"):
+        case "header":
+            return ShardHeader(
+                msg.header.context_id,
+                shard_from_proto(msg.header.shard),
+                identity_from_proto(msg.header.identity),
+                tuple(geometry_from_proto(each) for each in msg.header.layers),
+            )
+        case "block":
+            return kv_block_from_proto(msg.block)
+        case "sample":
+            return query_sample_from_proto(msg.sample)
+        case "end":
+            token_ids = tensor_from_proto(
+                msg.end.token_ids, name="token_ids [span]", shape=(None,), dtype=np.dtype("<i4")
+            )
+            return ShardEnd(token_ids, msg.end.checksum)
+        case other:
+            raise InvalidRequest(
+                f"a shard consists of header, blocks, samples and end, not {other}"
+            )
 
 
 def append_entry_to_proto(entry: AppendEntry) -> retrieval_pb2.AppendEntry:

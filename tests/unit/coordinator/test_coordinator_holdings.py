@@ -100,12 +100,12 @@ def test_what_was_being_stored_when_the_coordinator_ended_has_failed_and_is_drop
         assert record.state is ContextState.FAILED
         assert "create it again" in record.error
         inventory = _inventory(record, "n0")
-        assert leftovers("n0", inventory, {"ctx-1": record}, ()) == {"ctx-1": "t"}
+        assert leftovers(inventory, {"ctx-1": record}, ()) == {"ctx-1": "t"}
     ready = _record()
     assert interrupted(ready) is ready
 
 
-def test_a_node_drops_deleted_contexts_strays_and_interrupted_prefills():
+def test_a_node_drops_deleted_contexts_and_interrupted_prefills_but_no_copy_of_a_stored_one():
     record = _record()
     elsewhere = dataclasses.replace(_record("head_group"), context_id="ctx-moved")
     planned = dataclasses.replace(_record("layer"), context_id="ctx-moved")
@@ -120,8 +120,7 @@ def test_a_node_drops_deleted_contexts_strays_and_interrupted_prefills():
         *_inventory(unknown, "n0"),
     ]
     records = {each.context_id: each for each in (record, planned)}
-    assert leftovers("n0", inventory, records, {"ctx-deleted"}) == {
-        "ctx-moved": "t",
+    assert leftovers(inventory, records, {"ctx-deleted"}) == {
         "ctx-half": "t",
         "ctx-deleted": "t",
     }
