@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from coordinator.cluster import (
     Action,
     Change,
     Cluster,
+    Drain,
     Event,
     Heartbeat,
     Leave,
@@ -33,8 +34,9 @@ from coordinator.contexts import Contexts
 from coordinator.driver import Driver, NodePeer, WorkerPeer
 from coordinator.kubernetes.integration import KubernetesIntegration
 from coordinator.models import Models
+from coordinator.repairing import Evacuation
 from coordinator.sessions import Sessions
-from longreach.errors import LongreachError, Unavailable
+from longreach.errors import LongreachError, NotFound, Unavailable
 from longreach.rpc.retrieval import AsyncNodeClient
 from longreach.rpc.tls import ChannelTls
 from longreach.rpc.worker import WorkerClient
@@ -46,6 +48,7 @@ TICK_S = 0.5
 RECHECK_TICKS = 10
 PAUSED_S = 1.0
 STATUS_TIMEOUT_S = 1.0
+DRAIN_POLL_S = 0.5
 _log = logging.getLogger(__name__)
 
 _UP = (Change.JOINED, Change.RESTARTED, Change.RECOVERED, Change.MOVED)
@@ -69,6 +72,16 @@ class ClusterStatus:
     models: tuple[str, ...]
     version: str
     segments_under_replicated: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatReply:
+    """What a member is told: the membership epoch, whether it is to be emptied, and whether it may
+    go, because nothing is left on it or nothing more can be done."""
+
+    epoch: int
+    drain: bool = False
+    may_leave: bool = False
 
 
 class Coordinator:
@@ -139,12 +152,37 @@ class Coordinator:
         if self._kubernetes is not None:
             self._kubernetes.start()
 
-    def heartbeat(self, report: Heartbeat) -> int:
-        """Takes a member's report; returns the membership epoch."""
+    def heartbeat(self, report: Heartbeat) -> HeartbeatReply:
+        """Takes a member's report."""
         if not report.zone and self._kubernetes is not None:
             report = dataclasses.replace(report, zone=self._kubernetes.zone(report.member_id))
         self._apply(report)
-        return self._cluster.epoch
+        member = self._cluster.member(report.member_id)
+        draining = member is not None and member.draining
+        if report.node is None or not draining:
+            return HeartbeatReply(self._cluster.epoch, drain=draining)
+        left = self.contexts.repairing.evacuation(report.member_id)
+        may_leave = self.contexts.leads() and (left.stuck or not left.shards)
+        return HeartbeatReply(self._cluster.epoch, drain=True, may_leave=may_leave)
+
+    async def drain_node(self, node_id: str, timeout_s: float) -> AsyncGenerator[Evacuation, None]:
+        """Empties a node; yields what is left, several times a second, until that is nothing, or
+        nothing more can be done, or the time is over. Raises NotFound for a node that is not here.
+        """
+        member = self._cluster.member(node_id)
+        if member is None or member.report.node is None or not member.reachable:
+            names = ", ".join(m.member_id for m in self._cluster.nodes()) or "none"
+            raise NotFound(
+                f"no node {node_id!r} is alive; those that are: {names}", reason="NO_MEMBER"
+            )
+        self._apply(Drain(node_id))
+        deadline = self._clock() + timeout_s
+        while True:
+            left = self.contexts.repairing.evacuation(node_id)
+            yield left
+            if not left.shards or left.stuck or self._clock() >= deadline:
+                return
+            await asyncio.sleep(DRAIN_POLL_S)
 
     def leave(self, event: Leave) -> int:
         """A member takes leave; returns the membership epoch."""

@@ -9,6 +9,7 @@ dropped there when no session over the context is open on it.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -47,10 +48,12 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Evacuation:
     """What is left on a node that is to be emptied: shards and bytes of K and V that the maps still
-    place there. `stuck`: nothing more can be done for them now."""
+    place there, and sessions that are open there. `stuck`: nothing more can be done for the shards.
+    """
 
     shards: int
     bytes: int
+    sessions: int
     stuck: bool = False
 
 
@@ -145,14 +148,20 @@ class Repairing:
         """How far a node that drains has been emptied."""
         records = self._stored()
         left = repairs.remaining(records, node_id, self._holdings.holders)
-        possible = repairs.repairs(records, self.view(), self._clock())
-        hopeful = any(each.copy.source == node_id for each in self._running.values()) or any(
-            node_id in copy.shard.node_ids for copy in possible
+        view = dataclasses.replace(self.view(), busy=())
+        possible = repairs.repairs(records, view, self._clock())
+        revisable = any(
+            repairs.revised(record, view, self._clock()) != record
+            for record in records
+            if node_id in record.node_ids
         )
-        sizes = {record.context_id: record for record in records}
+        hopeful = revisable or any(node_id in copy.shard.node_ids for copy in possible)
+        by_id = {record.context_id: record for record in records}
+        member = self._cluster.member(node_id)
         return Evacuation(
             len(left),
-            sum(repairs.shard_bytes(sizes[context_id], shard) for context_id, shard in left),
+            sum(repairs.shard_bytes(by_id[context_id], shard) for context_id, shard in left),
+            member.report.node.sessions if member and member.report.node else 0,
             stuck=bool(left) and not hopeful and bool(self._book.epoch()),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -196,7 +197,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         """A member lives."""
         report = report_from_proto(request)
         self._check_claim(report.member_id, Role.WORKER if report.worker else Role.NODE, call)
-        epoch = self._coordinator.heartbeat(
+        reply = self._coordinator.heartbeat(
             Heartbeat(
                 member_id=report.member_id,
                 incarnation=report.incarnation,
@@ -206,10 +207,14 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 cores=report.cores,
                 worker=report.worker,
                 node=report.node,
+                draining=report.draining,
             )
         )
         return cluster_pb2.HeartbeatResponse(
-            epoch=epoch, interval_ms=int(HEARTBEAT_INTERVAL_S * 1000)
+            epoch=reply.epoch,
+            interval_ms=int(HEARTBEAT_INTERVAL_S * 1000),
+            drain=reply.drain,
+            may_leave=reply.may_leave,
         )
 
     @map_errors
@@ -220,6 +225,22 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self._check_claim(request.member_id, None, call)
         epoch = self._coordinator.leave(Leave(request.member_id, request.incarnation))
         return cluster_pb2.LeaveResponse(epoch=epoch)
+
+    @map_errors
+    async def DrainNode(  # noqa: N802
+        self, request: cluster_pb2.DrainNodeRequest, call: Call
+    ) -> AsyncIterator[cluster_pb2.DrainNodeResponse]:
+        """Empties a node."""
+        drain = self._coordinator.drain_node(request.node_id, request.timeout_s or math.inf)
+        async with contextlib.aclosing(drain) as progress:
+            async for left in progress:
+                yield cluster_pb2.DrainNodeResponse(
+                    shards_left=left.shards,
+                    bytes_left=left.bytes,
+                    sessions=left.sessions,
+                    empty=not left.shards,
+                    stuck=left.stuck,
+                )
 
     @map_errors
     async def RebuildCatalog(  # noqa: N802
@@ -257,6 +278,7 @@ def _policy(config: CoordinatorConfig) -> Policy:
     roles = {
         CLUSTER: frozenset({Role.WORKER, Role.NODE}),
         f"{CLUSTER}/RebuildCatalog": frozenset({Role.CLIENT}),
+        f"{CLUSTER}/DrainNode": frozenset({Role.CLIENT}),
     }
     return Policy(roles, open_services=public)
 
@@ -418,7 +440,7 @@ def _member(member: cluster.Member, now: float) -> generation_pb2.Member:
         member_id=report.member_id,
         kind="worker" if report.worker else "node",
         address=report.address,
-        state=member.state.value,
+        state="draining" if member.draining and member.reachable else member.state.value,
         age_s=now - member.seen_at,
     )
     if report.worker:

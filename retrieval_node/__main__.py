@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from retrieval_node.store import Store
 _LOG = logging.getLogger("retrieval_node")
 _EXPIRE_INTERVAL_S = 5.0
 _GRACE_S = 5.0
+_SESSIONS_S = 5.0
 
 
 def build_store(config: NodeConfig) -> Store:
@@ -88,11 +90,33 @@ def run(config: NodeConfig) -> None:
     readiness.set(True)
     heartbeats.start()
     wait_for_stop(config.exit_with_parent, address=address)
+    _drain(heartbeats, config.drain_s, store)
     readiness.set(False)
     heartbeats.stop()
     stopping.set()
     server.stop(_GRACE_S).wait()
     store.close()
+
+
+def _drain(heartbeats: HeartbeatSender, timeout_s: float, store: Store) -> None:
+    """Has the node emptied before it goes, as far as others lack what it holds."""
+    if not timeout_s:
+        return
+    began = time.monotonic()
+    let_go_at = began + max(0.0, timeout_s - _SESSIONS_S)
+
+    def idle() -> bool:
+        """Sessions may end where they are for a while: to move costs them a moment."""
+        nonlocal let_go_at
+        let_go_at = min(let_go_at, time.monotonic() + _SESSIONS_S)
+        return not store.stats().sessions or time.monotonic() >= let_go_at
+
+    let_go = heartbeats.drain(timeout_s, idle)
+    _LOG.info(
+        "leaving after %.1f s; %s",
+        time.monotonic() - began,
+        "others have what they can" if let_go else "not everything may be elsewhere",
+    )
 
 
 def _repeat(work: Callable[[], None], stopping: threading.Event) -> None:

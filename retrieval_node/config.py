@@ -54,6 +54,11 @@ class NodeConfig(TlsSettings):
         "bytes per second of copies from and to other nodes (repairs, drains, rebalancing); 0 for "
         "no limit",
     )
+    drain_s: float = setting(
+        20.0,
+        "seconds that SIGTERM may take to move this node's shards to others first, where they lack "
+        "copies; 0 leaves at once",
+    )
     coordinators: str = setting("", "host:port of the coordinators, comma separated")
     cluster_secret: str = setting("", "secret shared by the cluster's services; signs capabilities")
     exit_with_parent: bool = setting(False, "stop when the parent process is gone")
@@ -70,6 +75,8 @@ class NodeConfig(TlsSettings):
             )
         if self.copy_bytes_per_s < 0:
             raise InvalidRequest(f"copy_bytes_per_s is {self.copy_bytes_per_s}; write 0 or more")
+        if self.drain_s < 0:
+            raise InvalidRequest(f"drain_s is {self.drain_s}; write 0 or more")
         for name in ("build_threads", "max_streams"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -14,6 +14,7 @@ from longreach.cli import (
     contexts,
     eval,
     ingest,
+    nodes,
     plan,
     search_patterns,
     status,
@@ -32,6 +33,7 @@ examples:
   longreach ingest book.txt --name book      store a document (another terminal)
   longreach ask --context book "Who is the narrator?"
   longreach contexts list                    what is stored
+  longreach nodes drain node-3               empty a node before it is stopped
   longreach status                           members, memory and load
   longreach plan --model llama-3-8b --context 1M   what that would take
   longreach eval --quick --json out/q.json   measure answers against full attention
@@ -59,7 +61,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"longreach {longreach.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (up, ingest, ask, contexts, status, certs, catalog, eval, plan, search_patterns):
+    for command in (
+        up,
+        ingest,
+        ask,
+        contexts,
+        status,
+        certs,
+        catalog,
+        nodes,
+        eval,
+        plan,
+        search_patterns,
+    ):
         command.add_parser(commands)
     return parser
 

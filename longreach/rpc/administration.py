@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import grpc
@@ -27,6 +28,30 @@ class RebuildReport:
     contexts: int
     answered: tuple[str, ...]
     silent: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """How far a node has been emptied: shards and bytes of K and V that the maps still place there,
+    and sessions open there. `stuck`: no other node can take what is left."""
+
+    shards_left: int
+    bytes_left: int
+    sessions: int
+    stuck: bool
+
+
+def drain_node(
+    address: str, node_id: str, *, tls: ChannelTls | None = None, timeout_s: float | None = None
+) -> Iterator[DrainReport]:
+    """Has a node emptied, for `timeout_s` or as long as it takes; what is left, as it shrinks."""
+    with sync_channel(address, tls=tls) as channel:
+        request = pb.DrainNodeRequest(node_id=node_id, timeout_s=timeout_s or 0.0)
+        try:
+            for reply in ClusterServiceStub(channel).DrainNode(request):
+                yield DrainReport(reply.shards_left, reply.bytes_left, reply.sessions, reply.stuck)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, peer=address) from None
 
 
 def rebuild_catalog(

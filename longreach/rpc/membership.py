@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ from longreach.v1 import cluster_pb2 as pb
 from longreach.v1.cluster_pb2_grpc import ClusterServiceStub
 
 HEARTBEAT_INTERVAL_S = 1.0
+DRAIN_INTERVAL_S = 0.25
+"""Time between two reports of a member that waits for leave to go."""
 _CALL_TIMEOUT_S = 5.0
 _LEAVE_TIMEOUT_S = 1.0
 _log = logging.getLogger(__name__)
@@ -31,7 +35,8 @@ class MemberReport:
     """A member's report: exactly one of `worker` and `node` is set.
 
     `incarnation` is a random number of the process's life; `address` is host:port; `host` and
-    `zone` are for replica placement; `cores` counts the CPU cores it may use.
+    `zone` are for replica placement; `cores` counts the CPU cores it may use. `draining`: it is
+    about to leave and wants to be emptied first.
     """
 
     member_id: str
@@ -42,6 +47,7 @@ class MemberReport:
     cores: int
     worker: WorkerStatus | None = None
     node: NodeStats | None = None
+    draining: bool = False
 
 
 def report_to_proto(report: MemberReport) -> pb.HeartbeatRequest:
@@ -53,6 +59,7 @@ def report_to_proto(report: MemberReport) -> pb.HeartbeatRequest:
         host=report.host,
         zone=report.zone,
         cores=report.cores,
+        draining=report.draining,
         worker=None if report.worker is None else wire.worker_status_to_proto(report.worker),
         node=None if report.node is None else wire.node_stats_to_proto(report.node),
     )
@@ -73,6 +80,7 @@ def report_from_proto(msg: pb.HeartbeatRequest) -> MemberReport:
         host=msg.host,
         zone=msg.zone,
         cores=msg.cores,
+        draining=msg.draining,
         worker=wire.worker_status_from_proto(msg.worker) if kind == "worker" else None,
         node=wire.node_stats_from_proto(msg.node) if kind == "node" else None,
     )
@@ -96,7 +104,10 @@ class HeartbeatSender:
         self._member = member
         self._interval_s = interval_s
         self._tls = tls
-        self._stopping = threading.Event()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._draining = False
+        self._may_leave: dict[str, bool | None] = {}
         self._registered = threading.Event()
         self._threads = [
             threading.Thread(
@@ -114,9 +125,31 @@ class HeartbeatSender:
         """Waits until some coordinator has taken a report; False when the time ran out."""
         return self._registered.wait(timeout_s)
 
+    def drain(self, timeout_s: float, idle: Callable[[], bool] = lambda: True) -> bool:
+        """Reports from now on that the member is about to leave, and waits until the leading
+        coordinator lets it go and it is `idle`, or the time is over.
+
+        Whether it may go. At once False where no coordinator answers, or there is none.
+        """
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with self._changed:
+                self._changed.wait(DRAIN_INTERVAL_S)
+                answers = list(self._may_leave.values())
+            if len(answers) == len(self._threads) and all(each is None for each in answers):
+                return False
+            if any(answers) and idle():
+                return True
+        return False
+
     def stop(self) -> None:
         """Stops reporting and takes leave, so that the member gets no new work."""
-        self._stopping.set()
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
         for thread in self._threads:
             if thread.ident is not None:  # Started.
                 thread.join()
@@ -127,10 +160,14 @@ class HeartbeatSender:
             answered = True
             interval_s = self._interval_s
             while True:
+                draining = self._draining
+                may_leave: bool | None = None
                 try:
-                    request = report_to_proto(self._member())
+                    report = self._member()
+                    request = report_to_proto(dataclasses.replace(report, draining=draining))
                     response = stub.Heartbeat(request, timeout=_CALL_TIMEOUT_S)
                     interval_s = response.interval_ms / 1e3 or self._interval_s
+                    may_leave = response.may_leave
                     self._registered.set()
                     answered = True
                 except grpc.RpcError as error:
@@ -140,10 +177,30 @@ class HeartbeatSender:
                     answered = False
                 except Exception:
                     _log.exception("no report for coordinator %s", address)
-                if self._stopping.wait(interval_s):
+                else:
+                    self._asked_to_drain(response.drain)
+                if self._pause(address, interval_s, draining, may_leave):
                     break
             if answered:
                 self._leave(stub)
+
+    def _asked_to_drain(self, asked: bool) -> None:
+        if asked and not self._draining:
+            _log.info("an operator wants this member emptied; it takes nothing new")
+            with self._changed:
+                self._draining = True
+                self._changed.notify_all()
+
+    def _pause(self, address: str, interval_s: float, told: bool, may_leave: bool | None) -> bool:
+        """Waits for the next report, which is due at once when the draining begins; whether to
+        stop instead. `told`: whether the last report said that it has begun."""
+        with self._changed:
+            if told:
+                self._may_leave[address] = may_leave
+                interval_s = min(interval_s, DRAIN_INTERVAL_S)
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stopping or self._draining != told, interval_s)
+            return self._stopping
 
     def _leave(self, stub: ClusterServiceStub) -> None:
         member = self._member()

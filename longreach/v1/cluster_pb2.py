@@ -26,7 +26,7 @@ from longreach.v1 import retrieval_pb2 as longreach_dot_v1_dot_retrieval__pb2
 from longreach.v1 import worker_pb2 as longreach_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alongreach/v1/cluster.proto\x12\x0clongreach.v1\x1a\x1clongreach/v1/retrieval.proto\x1a\x19longreach/v1/worker.proto\"\xdb\x01\n\x10HeartbeatRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0c\n\x04zone\x18\x05 \x01(\t\x12.\n\x06worker\x18\x06 \x01(\x0b\x32\x1c.longreach.v1.StatusResponseH\x00\x12+\n\x04node\x18\x07 \x01(\x0b\x32\x1b.longreach.v1.StatsResponseH\x00\x12\r\n\x05\x63ores\x18\x08 \x01(\rB\x06\n\x04kind\"7\n\x11HeartbeatResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0binterval_ms\x18\x02 \x01(\r\"6\n\x0cLeaveRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\"\x1e\n\rLeaveResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x17\n\x15RebuildCatalogRequest\"p\n\x16RebuildCatalogResponse\x12\x19\n\x11\x66ound_context_ids\x18\x01 \x03(\t\x12\x10\n\x08\x63ontexts\x18\x02 \x01(\r\x12\x10\n\x08node_ids\x18\x03 \x03(\t\x12\x17\n\x0fsilent_node_ids\x18\x04 \x03(\t2\xfd\x01\n\x0e\x43lusterService\x12L\n\tHeartbeat\x12\x1e.longreach.v1.HeartbeatRequest\x1a\x1f.longreach.v1.HeartbeatResponse\x12@\n\x05Leave\x12\x1a.longreach.v1.LeaveRequest\x1a\x1b.longreach.v1.LeaveResponse\x12[\n\x0eRebuildCatalog\x12#.longreach.v1.RebuildCatalogRequest\x1a$.longreach.v1.RebuildCatalogResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alongreach/v1/cluster.proto\x12\x0clongreach.v1\x1a\x1clongreach/v1/retrieval.proto\x1a\x19longreach/v1/worker.proto\"\xed\x01\n\x10HeartbeatRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0c\n\x04zone\x18\x05 \x01(\t\x12.\n\x06worker\x18\x06 \x01(\x0b\x32\x1c.longreach.v1.StatusResponseH\x00\x12+\n\x04node\x18\x07 \x01(\x0b\x32\x1b.longreach.v1.StatsResponseH\x00\x12\r\n\x05\x63ores\x18\x08 \x01(\r\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x42\x06\n\x04kind\"Y\n\x11HeartbeatResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0binterval_ms\x18\x02 \x01(\r\x12\r\n\x05\x64rain\x18\x03 \x01(\x08\x12\x11\n\tmay_leave\x18\x04 \x01(\x08\"6\n\x0cLeaveRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\"\x1e\n\rLeaveResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x17\n\x15RebuildCatalogRequest\"p\n\x16RebuildCatalogResponse\x12\x19\n\x11\x66ound_context_ids\x18\x01 \x03(\t\x12\x10\n\x08\x63ontexts\x18\x02 \x01(\r\x12\x10\n\x08node_ids\x18\x03 \x03(\t\x12\x17\n\x0fsilent_node_ids\x18\x04 \x03(\t\"6\n\x10\x44rainNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"l\n\x11\x44rainNodeResponse\x12\x13\n\x0bshards_left\x18\x01 \x01(\r\x12\x12\n\nbytes_left\x18\x02 \x01(\x04\x12\x10\n\x08sessions\x18\x03 \x01(\r\x12\r\n\x05\x65mpty\x18\x04 \x01(\x08\x12\r\n\x05stuck\x18\x05 \x01(\x08\x32\xcd\x02\n\x0e\x43lusterService\x12L\n\tHeartbeat\x12\x1e.longreach.v1.HeartbeatRequest\x1a\x1f.longreach.v1.HeartbeatResponse\x12@\n\x05Leave\x12\x1a.longreach.v1.LeaveRequest\x1a\x1b.longreach.v1.LeaveResponse\x12N\n\tDrainNode\x12\x1e.longreach.v1.DrainNodeRequest\x1a\x1f.longreach.v1.DrainNodeResponse0\x01\x12[\n\x0eRebuildCatalog\x12#.longreach.v1.RebuildCatalogRequest\x1a$.longreach.v1.RebuildCatalogResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'longreach.v1.cluster_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HEARTBEATREQUEST']._serialized_start=102
-  _globals['_HEARTBEATREQUEST']._serialized_end=321
-  _globals['_HEARTBEATRESPONSE']._serialized_start=323
-  _globals['_HEARTBEATRESPONSE']._serialized_end=378
-  _globals['_LEAVEREQUEST']._serialized_start=380
-  _globals['_LEAVEREQUEST']._serialized_end=434
-  _globals['_LEAVERESPONSE']._serialized_start=436
-  _globals['_LEAVERESPONSE']._serialized_end=466
-  _globals['_REBUILDCATALOGREQUEST']._serialized_start=468
-  _globals['_REBUILDCATALOGREQUEST']._serialized_end=491
-  _globals['_REBUILDCATALOGRESPONSE']._serialized_start=493
-  _globals['_REBUILDCATALOGRESPONSE']._serialized_end=605
-  _globals['_CLUSTERSERVICE']._serialized_start=608
-  _globals['_CLUSTERSERVICE']._serialized_end=861
+  _globals['_HEARTBEATREQUEST']._serialized_end=339
+  _globals['_HEARTBEATRESPONSE']._serialized_start=341
+  _globals['_HEARTBEATRESPONSE']._serialized_end=430
+  _globals['_LEAVEREQUEST']._serialized_start=432
+  _globals['_LEAVEREQUEST']._serialized_end=486
+  _globals['_LEAVERESPONSE']._serialized_start=488
+  _globals['_LEAVERESPONSE']._serialized_end=518
+  _globals['_REBUILDCATALOGREQUEST']._serialized_start=520
+  _globals['_REBUILDCATALOGREQUEST']._serialized_end=543
+  _globals['_REBUILDCATALOGRESPONSE']._serialized_start=545
+  _globals['_REBUILDCATALOGRESPONSE']._serialized_end=657
+  _globals['_DRAINNODEREQUEST']._serialized_start=659
+  _globals['_DRAINNODEREQUEST']._serialized_end=713
+  _globals['_DRAINNODERESPONSE']._serialized_start=715
+  _globals['_DRAINNODERESPONSE']._serialized_end=823
+  _globals['_CLUSTERSERVICE']._serialized_start=826
+  _globals['_CLUSTERSERVICE']._serialized_end=1159
 # @@protoc_insertion_point(module_scope)

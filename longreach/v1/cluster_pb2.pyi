@@ -34,6 +34,7 @@ class HeartbeatRequest(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     CORES_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     member_id: _builtins.str
     """Stable name of the member."""
     incarnation: _builtins.int
@@ -46,6 +47,8 @@ class HeartbeatRequest(_message.Message):
     """Zone, for replica placement; may be empty."""
     cores: _builtins.int
     """CPU cores of the member, for placement."""
+    draining: _builtins.bool
+    """Set by a member that is about to leave: it gets nothing new, and what it holds goes elsewhere."""
     @_builtins.property
     def worker(self) -> _worker_pb2.StatusResponse:
         """A GPU worker."""
@@ -65,10 +68,11 @@ class HeartbeatRequest(_message.Message):
         worker: _worker_pb2.StatusResponse | None = ...,
         node: _retrieval_pb2.StatsResponse | None = ...,
         cores: _builtins.int = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "node", b"node", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cores", b"cores", "host", b"host", "incarnation", b"incarnation", "kind", b"kind", "member_id", b"member_id", "node", b"node", "worker", b"worker", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cores", b"cores", "draining", b"draining", "host", b"host", "incarnation", b"incarnation", "kind", b"kind", "member_id", b"member_id", "node", b"node", "worker", b"worker", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["worker", "node"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
@@ -84,19 +88,29 @@ class HeartbeatResponse(_message.Message):
 
     EPOCH_FIELD_NUMBER: _builtins.int
     INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    MAY_LEAVE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Membership epoch."""
     interval_ms: _builtins.int
     """When to report again, milliseconds."""
+    drain: _builtins.bool
+    """An operator wants the member emptied; it reports `draining` from now on."""
+    may_leave: _builtins.bool
+    """For a member that drains: nothing is left on it, or nothing more can be done for what is. Only
+    the coordinator that leads says so.
+    """
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         interval_ms: _builtins.int = ...,
+        drain: _builtins.bool = ...,
+        may_leave: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "interval_ms", b"interval_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "epoch", b"epoch", "interval_ms", b"interval_ms", "may_leave", b"may_leave"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -206,3 +220,67 @@ class RebuildCatalogResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RebuildCatalogResponse: _TypeAlias = RebuildCatalogResponse  # noqa: Y015
+
+@_typing.final
+class DrainNodeRequest(_message.Message):
+    """Asks for a node to be emptied."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """The node."""
+    timeout_s: _builtins.float
+    """How long to go on; 0 for as long as it takes. The node keeps draining afterwards."""
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        timeout_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_id", b"node_id", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainNodeRequest: _TypeAlias = DrainNodeRequest  # noqa: Y015
+
+@_typing.final
+class DrainNodeResponse(_message.Message):
+    """How far a node has been emptied."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARDS_LEFT_FIELD_NUMBER: _builtins.int
+    BYTES_LEFT_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    EMPTY_FIELD_NUMBER: _builtins.int
+    STUCK_FIELD_NUMBER: _builtins.int
+    shards_left: _builtins.int
+    """Shards that the maps still place there."""
+    bytes_left: _builtins.int
+    """Their bytes of K and V."""
+    sessions: _builtins.int
+    """Sessions open there; they may end where they are."""
+    empty: _builtins.bool
+    """Set in the last one when nothing is left."""
+    stuck: _builtins.bool
+    """Set in the last one when something is left and no other node can take it."""
+    def __init__(
+        self,
+        *,
+        shards_left: _builtins.int = ...,
+        bytes_left: _builtins.int = ...,
+        sessions: _builtins.int = ...,
+        empty: _builtins.bool = ...,
+        stuck: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_left", b"bytes_left", "empty", b"empty", "sessions", b"sessions", "shards_left", b"shards_left", "stuck", b"stuck"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainNodeResponse: _TypeAlias = DrainNodeResponse  # noqa: Y015

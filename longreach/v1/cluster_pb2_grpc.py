@@ -45,6 +45,11 @@ class ClusterServiceStub:
                 request_serializer=longreach_dot_v1_dot_cluster__pb2.LeaveRequest.SerializeToString,
                 response_deserializer=longreach_dot_v1_dot_cluster__pb2.LeaveResponse.FromString,
                 _registered_method=True)
+        self.DrainNode = channel.unary_stream(
+                '/longreach.v1.ClusterService/DrainNode',
+                request_serializer=longreach_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=longreach_dot_v1_dot_cluster__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
         self.RebuildCatalog = channel.unary_unary(
                 '/longreach.v1.ClusterService/RebuildCatalog',
                 request_serializer=longreach_dot_v1_dot_cluster__pb2.RebuildCatalogRequest.SerializeToString,
@@ -70,6 +75,14 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainNode(self, request, context):
+        """Empties a node: it gets nothing new, its shards are copied to others, then the maps change. Ends
+        when nothing is left, when nothing more can be done, or with the time. For operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RebuildCatalog(self, request, context):
         """Asks every node what it holds and writes contexts that the catalog lacks. For operators.
         """
@@ -89,6 +102,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Leave,
                     request_deserializer=longreach_dot_v1_dot_cluster__pb2.LeaveRequest.FromString,
                     response_serializer=longreach_dot_v1_dot_cluster__pb2.LeaveResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=longreach_dot_v1_dot_cluster__pb2.DrainNodeRequest.FromString,
+                    response_serializer=longreach_dot_v1_dot_cluster__pb2.DrainNodeResponse.SerializeToString,
             ),
             'RebuildCatalog': grpc.unary_unary_rpc_method_handler(
                     servicer.RebuildCatalog,
@@ -151,6 +169,33 @@ class ClusterService:
             '/longreach.v1.ClusterService/Leave',
             longreach_dot_v1_dot_cluster__pb2.LeaveRequest.SerializeToString,
             longreach_dot_v1_dot_cluster__pb2.LeaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/longreach.v1.ClusterService/DrainNode',
+            longreach_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
+            longreach_dot_v1_dot_cluster__pb2.DrainNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

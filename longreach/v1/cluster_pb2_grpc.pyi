@@ -37,6 +37,10 @@ class ClusterServiceStub:
     """Reports that a member lives and what it has. The first report of an incarnation registers it."""
     Leave: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.LeaveRequest, _cluster_pb2.LeaveResponse]
     """Takes leave: the member gets no new work."""
+    DrainNode: _grpc.UnaryStreamMultiCallable[_cluster_pb2.DrainNodeRequest, _cluster_pb2.DrainNodeResponse]
+    """Empties a node: it gets nothing new, its shards are copied to others, then the maps change. Ends
+    when nothing is left, when nothing more can be done, or with the time. For operators.
+    """
     RebuildCatalog: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RebuildCatalogRequest, _cluster_pb2.RebuildCatalogResponse]
     """Asks every node what it holds and writes contexts that the catalog lacks. For operators."""
 
@@ -49,6 +53,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """Reports that a member lives and what it has. The first report of an incarnation registers it."""
     Leave: _aio.UnaryUnaryMultiCallable[_cluster_pb2.LeaveRequest, _cluster_pb2.LeaveResponse]  # type: ignore[assignment]
     """Takes leave: the member gets no new work."""
+    DrainNode: _aio.UnaryStreamMultiCallable[_cluster_pb2.DrainNodeRequest, _cluster_pb2.DrainNodeResponse]  # type: ignore[assignment]
+    """Empties a node: it gets nothing new, its shards are copied to others, then the maps change. Ends
+    when nothing is left, when nothing more can be done, or with the time. For operators.
+    """
     RebuildCatalog: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RebuildCatalogRequest, _cluster_pb2.RebuildCatalogResponse]  # type: ignore[assignment]
     """Asks every node what it holds and writes contexts that the catalog lacks. For operators."""
 
@@ -70,6 +78,16 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.LeaveResponse, _abc.Awaitable[_cluster_pb2.LeaveResponse]]:
         """Takes leave: the member gets no new work."""
+
+    @_abc_1.abstractmethod
+    def DrainNode(
+        self,
+        request: _cluster_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.DrainNodeResponse], _abc.AsyncIterator[_cluster_pb2.DrainNodeResponse]]:
+        """Empties a node: it gets nothing new, its shards are copied to others, then the maps change. Ends
+        when nothing is left, when nothing more can be done, or with the time. For operators.
+        """
 
     @_abc_1.abstractmethod
     def RebuildCatalog(

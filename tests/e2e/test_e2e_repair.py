@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from longreach.cli.__main__ import main
 from longreach.errors import LongreachError
 from longreach.local_cluster import LocalCluster
 from longreach.sdk import Client
@@ -79,6 +81,78 @@ def test_a_dead_nodes_shards_are_copied_and_a_second_loss_is_survived(
         cluster.process("node-1").kill()
         for context in made:
             eventually(lambda context=context: answers(client, context.id, expected[context.id]))
+
+
+class Load:
+    """Questions one after the other, until it is left; keeps what failed or was answered wrong."""
+
+    def __init__(self, client: Client, expected: dict[str, list[int]]) -> None:
+        self._client, self._expected = client, expected
+        self._stop = threading.Event()
+        self.asked = 0
+        self.problems: list[str] = []
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            for context, expected in self._expected.items():
+                self.asked += 1
+                try:
+                    if ask(self._client, context) != expected:
+                        self.problems.append(f"{context}: other tokens")
+                except LongreachError as error:
+                    self.problems.append(f"{context}: {error}")
+
+
+def test_a_node_is_emptied_under_load_by_command_and_by_sigterm(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    with cluster.client(timeout_s=60) as client, cluster.client(timeout_s=60) as loader:
+        made = [client.contexts.create(tokens=ids(400, seed)) for seed in range(3)]
+        expected = {context.id: ask(client, context.id) for context in made}
+        with Load(loader, expected) as load:
+            assert main(["nodes", "drain", "node-0", "--timeout-s", "60"]) == 0
+            assert "node-0 is empty" in capsys.readouterr().out
+            for context in made:
+                assert set().union(*holders(client, context.id)) == {"node-1", "node-2"}
+            states = {each.id: each.state for each in client.status().members}
+            assert states["node-0"] == "draining"
+            # Shards are dropped there once no session is open; then it may go.
+            eventually(lambda: used_bytes(client, "node-0") == 0)
+            assert cluster.process("node-0").stop(grace_s=20) == 0
+
+            # It comes back empty; another one is told to stop and hands over what it has first.
+            cluster.restart("node-0")
+            eventually(lambda: state_of(client, "node-0") == "alive")
+            assert cluster.process("node-1").stop(grace_s=30) == 0
+            for context in made:
+                assert holders(client, context.id) == [{"node-0", "node-2"}] * len(
+                    context.shard_map.shards
+                )
+        assert load.problems == []
+        assert load.asked > 3
+
+        # With two nodes left neither can be emptied, and the command says so.
+        assert main(["nodes", "drain", "node-2", "--timeout-s", "60"]) == 1
+        assert "no other node has the room" in capsys.readouterr().err
+
+
+def used_bytes(client: Client, node: str) -> int:
+    return next(each.used_bytes for each in client.status().members if each.id == node)
+
+
+def state_of(client: Client, node: str) -> str:
+    return next(each.state for each in client.status().members if each.id == node)
 
 
 def answers(client: Client, context: str, expected: list[int]) -> bool:

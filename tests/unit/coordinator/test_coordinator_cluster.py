@@ -7,7 +7,7 @@ import re
 import pytest
 from coordinator_doubles import FakeNode, FakeWorker, model_info
 
-from coordinator.cluster import Cluster, Heartbeat, Leave, Paused, Tick, Unreachable
+from coordinator.cluster import Cluster, Drain, Heartbeat, Leave, Paused, Tick, Unreachable
 from longreach.errors import StaleEpoch
 from longreach.types import Shard, ShardMap, Span
 
@@ -66,6 +66,22 @@ STORIES = {
         2     worker w1      -> recovered w1
         2     broken nobody  ->
     """,
+    "a member that drains keeps what it has, in any state, until its process ends": """
+        0     node n1        -> joined n1
+        1     drain n1       -> draining n1
+        1     drain n1       ->
+        2     node n1        ->
+        5     tick           -> suspected n1
+        6     node n1        -> recovered n1
+        7     node n1 #2     -> restarted n1
+        8     drain nobody   ->
+    """,
+    "a member may say itself that it drains": """
+        0     node n1        -> joined n1
+        1     node n1 draining  -> draining n1
+        2     node n1 draining  ->
+        3     leave n1       -> left n1
+    """,
     "two members age apart": """
         0     node n1        -> joined n1
         2     node n2        -> joined n2
@@ -97,13 +113,22 @@ def _event(words):
         return Unreachable(name)
     marks = {word[0]: word[1:] for word in words[2:]}
     incarnation = int(marks.get("#", 1))
+    if kind == "drain":
+        return Drain(name)
     if kind == "leave":
         return Leave(name, incarnation)
     report = {
         "node": {"node": FakeNode(name).stats()},
         "worker": {"worker": FakeWorker({}).status()},
     }
-    return Heartbeat(name, incarnation, marks.get("@", "a:1"), cores=4, **report[kind])
+    return Heartbeat(
+        name,
+        incarnation,
+        marks.get("@", "a:1"),
+        cores=4,
+        draining="draining" in words,
+        **report[kind],
+    )
 
 
 def _apply(cluster, time, words):
