@@ -26,8 +26,9 @@ from benchmarks.rpc_node import (
     REQUEST_BYTES,
     receive_exactly,
 )
+from gpu_worker.asks import NodeSession
 from gpu_worker.attention import Partial, merge
-from gpu_worker.fanout import FanOut, NodeSession
+from gpu_worker.fanout import FanOut
 from gpu_worker.methods.base import SessionQueries
 from gpu_worker.routes import plan_route
 from longreach.attention import merge as merge_parts

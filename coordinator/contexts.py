@@ -373,6 +373,11 @@ class Contexts:
 
     # Tails.
 
+    def shard_map(self, context_id: str) -> ShardMap | None:
+        """Where a context lives now, as far as this coordinator knows; None when it is gone."""
+        record = self._book.records.get(context_id)
+        return None if record is None else self._cluster.readdress(record.shard_map)
+
     def place_tail(self, session_id: str, model: ModelInfo, tokens: int) -> ShardMap:
         """Where a session without a context keeps the KV of its tokens."""
         to_place = _to_place(session_id, Span(0, 0), model, tokens)

@@ -25,6 +25,7 @@ from coordinator.cluster import (
     Heartbeat,
     Leave,
     Member,
+    MemberState,
     Paused,
     Tick,
     Unreachable,
@@ -273,6 +274,7 @@ class Coordinator:
             ticks += 1
             self._apply(Tick())
             self._close_orphans()
+            self.sessions.heal()
             if ticks % RECHECK_TICKS == 0:
                 self._spawn(self.contexts.settling.recheck())
 
@@ -293,8 +295,10 @@ class Coordinator:
         self._close_orphans()
 
     def _close_orphans(self) -> None:
-        workers = [member.member_id for member in self._cluster.workers()]
-        nodes = [member.member_id for member in self._cluster.nodes()]
+        there = (MemberState.ALIVE, MemberState.LEAVING)
+        members = [member for member in self._cluster.members() if member.state in there]
+        workers = [member.member_id for member in members if member.report.worker]
+        nodes = [member.member_id for member in members if member.report.node]
         self._spawn(self.sessions.orphans.close(workers, nodes))
 
     async def _end_sessions(self, context_id: str, error: LongreachError) -> None:

@@ -6,6 +6,8 @@ higher epoch, so that whoever had it before can no longer write to its nodes.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from longreach.errors import DeadlineExceeded, LongreachError, Unavailable
 
 ATTEMPT_EPOCHS = 1 << 20
@@ -16,6 +18,11 @@ PAUSES_S = (0.0, 0.1, 0.3, 0.5)
 """Pauses before the attempts of one outage; the last one is repeated."""
 WORKER_LOST = "WORKER_LOST"
 """Reason of an error that ended every session of a worker."""
+
+HEAL_AFTER_S = 2.0
+"""How long a session goes without a node that it lost before it is opened with it again; twice as
+long after each time that did not help, at most the second."""
+HEAL_AFTER_S_MAX = 60.0
 
 # The session is not where it was: opened anew it continues from what its nodes hold.
 _REOPEN = frozenset(
@@ -97,3 +104,25 @@ class Course:
             reason="NO_WORKER",
             retry_after_s=2.0,
         )
+
+
+class Healing:
+    """When a session that lost nodes is opened anew so that they serve it again. Times are on one
+    monotonic clock."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._wait_s = HEAL_AFTER_S
+
+    def due(self, lagging: Collection[str], well: Collection[str], now: float) -> bool:
+        """Whether to open it now: `lagging` are the nodes it lost, `well` those that are alive."""
+        if not lagging:
+            self._since, self._wait_s = None, HEAL_AFTER_S
+            return False
+        if self._since is None:
+            self._since = now
+        if now - self._since < self._wait_s or not set(lagging) & set(well):
+            return False
+        self._since = now
+        self._wait_s = min(HEAL_AFTER_S_MAX, 2 * self._wait_s)
+        return True

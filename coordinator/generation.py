@@ -79,6 +79,7 @@ class Generation:
         self.session_id = session_id
         self.position = position
         self.recomputed_tokens = 0
+        self.lagging_node_ids: tuple[str, ...] = ()
         self.figures = Figures()
         self.finish_reason: FinishReason | None = None
         self.tokens = 0
@@ -170,6 +171,7 @@ class Generation:
         figures.add_step(timing)
         figures.coverage = min(figures.coverage, result.coverage)
         figures.hedged_requests += result.hedged_requests
+        self.lagging_node_ids = result.lagging_node_ids
         if self._decoding:
             figures.work += result.work
         else:

@@ -19,11 +19,11 @@ from collections.abc import AsyncGenerator, Callable
 
 from coordinator.admission import Admission, WorkerSlots
 from coordinator.catalog.base import ContextRecord
-from coordinator.cluster import Cluster
+from coordinator.cluster import Cluster, MemberState
 from coordinator.config import CoordinatorConfig
 from coordinator.contexts import Contexts
 from coordinator.driver import Driver, WorkerPeer
-from coordinator.failover import Course
+from coordinator.failover import Course, Healing
 from coordinator.generation import Generation, Token
 from coordinator.holdings import without_tenant
 from coordinator.models import Models
@@ -42,11 +42,14 @@ from longreach.errors import (
     StaleEpoch,
     Unavailable,
 )
+from longreach.types import ShardMap
 
 # A worker that does not close a session in this time is lost, or about to be found lost.
 CLOSE_TIMEOUT_S = 5.0
 # A session that hangs in a frozen worker does not hold up the deletion of its context.
 ABORT_TIMEOUT_S = 10.0
+# A node that reported within this time is not frozen: members report every second.
+WELL_WITHIN_S = 1.5
 # How long an earlier attempt of the same client may take to leave.
 SUPERSEDE_TIMEOUT_S = 2.0
 _log = logging.getLogger(__name__)
@@ -64,6 +67,8 @@ class _Session:
         self.course = course
         self.arrived = arrived
         self.record = plan.record
+        self.shard_map = plan.shard_map
+        self.healing = Healing()
         self.generation = _generation(plan)
         self.queue_s = 0.0
         self.open_s = 0.0
@@ -182,16 +187,49 @@ class Sessions:
             await asyncio.wait(tasks, timeout=ABORT_TIMEOUT_S)
 
     def members_changed(self) -> None:
-        """Workers came: whoever waits may go on."""
+        """Workers came: whoever waits may go on, and who sits on one that leaves may move."""
         self._admission.grant()
+        for member in self._cluster.members():
+            if member.state is MemberState.LEAVING and member.report.worker:
+                self._hand_over(member.member_id)
 
     def route_changed(self, context_id: str) -> None:
         """The shard map of a context changed: copies were made, moved or dropped.
 
-        `Contexts.ready(context_id)` gives the new map, of a higher `epoch`; sessions opened from
-        now on use it. The nodes of the old map that live keep what sessions have on them until
-        those have ended, so a running session need not move unless it lost a node.
+        Its sessions are opened anew over the new map, each at its next step boundary, where they
+        continue from what their nodes hold; nodes that are new to them get a copy of their tails.
         """
+        for session in self._sessions.values():
+            if context_id and session.record.context_id == context_id:
+                self._set_aside(session)
+
+    def heal(self) -> None:
+        """Opens sessions anew that lost nodes which are well again; called every now and then."""
+        now = time.monotonic()
+        well = {
+            member.member_id
+            for member in self._cluster.nodes()
+            if now - member.seen_at < WELL_WITHIN_S
+        }
+        for session in self._sessions.values():
+            lagging = session.generation.lagging_node_ids
+            if session.loop is not None and session.healing.due(lagging, well, now):
+                self._set_aside(session)
+
+    def _hand_over(self, worker_id: str) -> None:
+        """Has the sessions of a worker that leaves go on elsewhere, if there is another."""
+        for session in self._sessions.values():
+            identity = without_tenant(session.plan.identity)
+            if session.worker_id == worker_id and any(
+                slots.identity == identity and slots.worker_id != worker_id
+                for slots in self._slots()
+            ):
+                self._set_aside(session)
+
+    @staticmethod
+    def _set_aside(session: _Session) -> None:
+        if session.loop is not None:
+            session.loop.set_aside(session.session_id)
 
     def worker_down(self, worker_id: str, error: LongreachError) -> None:
         """A worker is gone: its sessions end with the error."""
@@ -259,7 +297,7 @@ class Sessions:
                 return
             except SteppedAside:
                 session.course.moved()
-                pause_s, prefer = 0.0, ""
+                pause_s, prefer = 0.0, worker_id
             except LongreachError as error:
                 generation, now = session.generation, time.monotonic()
                 pause_s = session.course.failed(error, worker_id, generation.position, now)
@@ -316,14 +354,26 @@ class Sessions:
 
     async def _open(self, session: _Session, worker: WorkerPeer) -> tuple[int, int]:
         plan, record = session.plan, session.record
+        session.shard_map = self._shard_map(session)
         return await worker.open_session(
             record,
             plan.identity,
-            self._cluster.readdress(plan.shard_map),
+            session.shard_map,
             self._driver.read_capability(record),
             plan.budget,
             plan.params.min_coverage or 1.0,
         )
+
+    def _shard_map(self, session: _Session) -> ShardMap:
+        """Where the session's KV lives now. A tail without a context is placed anew when a node of
+        it that has no copy is gone: its tokens are known."""
+        if session.plan.context is not None:
+            return self._contexts.shard_map(session.record.context_id) or session.shard_map
+        members = {member.member_id for member in self._cluster.members() if member.reachable}
+        if all(members.intersection(shard.node_ids) for shard in session.shard_map.shards):
+            return self._cluster.readdress(session.shard_map)
+        tokens = len(session.record.prompt_ids) + session.record.max_tokens
+        return self._contexts.place_tail(session.session_id, session.plan.model, tokens)
 
     async def _close(self, session: _Session, worker_id: str) -> None:
         """Closes a session on its worker and nodes."""

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import logging
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,9 @@ from longreach.security.peers import Role
 from longreach.security.tls import member_files
 
 _LOG = logging.getLogger("gpu_worker")
-_GRACE_S = 5.0
+_GRACE_S = 2.0
+_HAND_OVER_S = 5.0
+_POLL_S = 0.05
 
 
 def run(config: WorkerConfig) -> None:
@@ -68,8 +71,16 @@ def run(config: WorkerConfig) -> None:
     wait_for_stop(config.exit_with_parent, address=address)
     readiness.set(False)
     heartbeats.stop()
+    _await_hand_over(engine)
     server.stop(_GRACE_S).wait()
     engine.stop()
+
+
+def _await_hand_over(engine: Engine) -> None:
+    """Goes on stepping until coordinators have taken the sessions elsewhere, but not for long."""
+    give_up = time.monotonic() + _HAND_OVER_S
+    while engine.status().sessions and time.monotonic() < give_up:
+        time.sleep(_POLL_S)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gpu_worker.fanout import NodeSession
+from gpu_worker.asks import NodeSession
 from longreach.errors import LongreachError, ResourceExhausted, StaleEpoch, Unavailable
 from longreach.rpc.retrieval import AppendStream
 from longreach.types import AppendEntry, KvBlock, LayerGeometry, Shard, Span, StorageArray
@@ -93,7 +93,7 @@ class Appends:
         nodes = [
             _NodeTail(node_id, session.route.addresses[node_id], handle, shards, stop, stop)
             for node_id, handle in session.handles.items()
-            if (shards := session.route.tail_shards.get(node_id))
+            if node_id not in session.lost and (shards := session.route.tail_shards.get(node_id))
         ]
         with self._changed:
             self._tails[session_id] = _Tail(epoch, session, nodes, start=stop)
@@ -167,7 +167,7 @@ class Appends:
         tail = self._tails[session_id]
         dropped = False
         for node in list(tail.nodes):
-            if node.acknowledged < stop and self._can_lose(tail, node):
+            if node.acknowledged < stop and tail.session.can_lose(node.node_id):
                 self._lose(tail, node)
                 dropped = True
         return dropped
@@ -180,7 +180,7 @@ class Appends:
                 continue
             if isinstance(error, StaleEpoch):
                 raise error
-            if self._can_lose(tail, node):
+            if tail.session.can_lose(node.node_id):
                 self._lose(tail, node)
             elif not _passing(error):
                 raise error
@@ -212,7 +212,7 @@ class Appends:
 
     def _entry(self, tail: _Tail, node: _NodeTail, new: NewTokens) -> AppendEntry:
         blocks = tuple(
-            block for shard in node.shards for block in _blocks(self._layers, shard, new)
+            block for shard in node.shards for block in blocks_of(self._layers, shard, new)
         )
         return AppendEntry(node.handle, tail.epoch, new.start, new.token_ids, blocks)
 
@@ -236,14 +236,6 @@ class Appends:
                     node.retry_at = time.monotonic() + RESEND_AFTER_S
             self._changed.notify_all()
 
-    def _can_lose(self, tail: _Tail, node: _NodeTail) -> bool:
-        return all(
-            any(other != node.node_id for other in tail.session.holders(piece))
-            for pieces in tail.session.route.pieces
-            for piece in pieces
-            if node.node_id in piece.node_ids
-        )
-
     def _lose(self, tail: _Tail, node: _NodeTail) -> None:
         with self._changed:
             tail.session.lost.add(node.node_id)
@@ -256,7 +248,7 @@ def _passing(error: LongreachError) -> bool:
     return isinstance(error, Unavailable | ResourceExhausted) or error.reason == "APPEND_GAP"
 
 
-def _blocks(layers: Sequence[LayerGeometry], shard: Shard, new: NewTokens) -> Iterator[KvBlock]:
+def blocks_of(layers: Sequence[LayerGeometry], shard: Shard, new: NewTokens) -> Iterator[KvBlock]:
     """The shard's layers and heads as blocks of layers of equal shape."""
     by_shape: dict[tuple[int, int], list[int]] = {}
     for layer in shard.layers:

@@ -15,10 +15,11 @@ from dataclasses import replace
 from typing import Literal
 
 from gpu_worker.appends import Appends
+from gpu_worker.asks import NodeSession
 from gpu_worker.chunking import ChunkSizer
 from gpu_worker.config import WorkerConfig
 from gpu_worker.decoding import Decoder, check_tokens
-from gpu_worker.fanout import FanOut, NodeSession
+from gpu_worker.fanout import FanOut
 from gpu_worker.ingest import Ingest
 from gpu_worker.model import Model, rss_bytes
 from gpu_worker.offload import Destination

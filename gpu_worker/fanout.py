@@ -14,32 +14,21 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
-from gpu_worker.methods.base import Collected, HeadPart, Retrieved, SessionQueries
+from gpu_worker.asks import Ask, Message, NodeSession, check_values
+from gpu_worker.methods.base import Collected, Retrieved, SessionQueries
 from gpu_worker.node_health import HedgeBudget, NodeHealth
-from gpu_worker.routes import Piece, Route
 from longreach import wire
 from longreach.errors import (
     ConnectionLost,
-    CoverageTooLow,
     DeadlineExceeded,
-    Internal,
     LongreachError,
-    StaleEpoch,
     Unavailable,
 )
 from longreach.rpc.retrieval import AttendStream
 from longreach.types import (
-    AttendResult,
-    AttendRows,
     LayerGeometry,
-    Span,
-    StorageArray,
-    WorkFigures,
 )
 from longreach.wire import NodeTiming
 
@@ -64,121 +53,6 @@ class NodeStream(Protocol):
 
     async def close(self) -> None:
         """Ends the stream."""
-
-
-@dataclass(slots=True)
-class NodeSession:
-    """A session's route and the handles its nodes gave; `lost` nodes miss some of its tail."""
-
-    route: Route
-    handles: dict[str, int]
-    lost: set[str] = field(default_factory=set)
-
-    def holders(self, piece: Piece) -> list[str]:
-        """Nodes that can answer for a piece, preferred one first."""
-        return [n for n in piece.node_ids if n in self.handles and n not in self.lost]
-
-
-@dataclass(slots=True)
-class _Ask:
-    """One piece of one session's rows: queries [rows, q_heads, head_dim] of the piece's heads."""
-
-    number: int
-    session: NodeSession
-    asked: SessionQueries
-    piece: Piece
-    scope: Span
-    q_head_start: int
-    queries: StorageArray
-    tried: set[str] = field(default_factory=set)
-    repeated: bool = False
-    under_way: int = 0
-    hedged: int = 0
-    answer: AttendResult | None = None
-    error: LongreachError | None = None
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """Rows and query heads asked."""
-        return self.queries.shape[0], self.queries.shape[1]
-
-    def untried(self) -> list[str]:
-        """Nodes that could still be asked."""
-        return [n for n in self.session.holders(self.piece) if n not in self.tried]
-
-    def may_go_on(self) -> bool:
-        """Whether to ask again: another node or, once, the same ones over new connections."""
-        if self.answer is not None or self.under_way or isinstance(self.error, StaleEpoch):
-            return False
-        lost_connection = isinstance(self.error, ConnectionLost)
-        if not self.untried() and lost_connection and not self.repeated:
-            self.repeated = True
-            self.tried.clear()
-        return bool(self.untried())
-
-    def for_node(self, node_id: str) -> AttendRows:
-        """The rows as that node knows the session."""
-        return AttendRows(
-            handle=self.session.handles[node_id],
-            kv_head_start=self.piece.kv_head_start,
-            kv_head_stop=self.piece.kv_head_stop,
-            scope=self.scope,
-            budget=self.asked.budget,
-            queries=self.queries,
-        )
-
-    def take(self, node_id: str, result: AttendResult | LongreachError) -> None:
-        """Keeps a node's result; an answer over fewer keys than asked counts as none."""
-        if self.answer is not None:
-            return
-        if isinstance(result, LongreachError):
-            self.error = result
-            if result.reason == "UNKNOWN_HANDLE":  # Its process is another one by now.
-                self.session.lost.add(node_id)
-        elif result.work.keys_covered < result.work.keys_in_scope:
-            self.error = CoverageTooLow(
-                f"node {node_id!r} holds {result.work.coverage:.1%} of {self.scope} of shard "
-                f"{self.piece.shard_id!r}"
-            )
-        else:
-            self.answer, self.error = result, None
-
-    def report(self, into: Retrieved, row_bytes: int) -> None:
-        """Adds this piece to its session's answer."""
-        into.hedged_requests += self.hedged
-        if self.answer is not None:
-            into.parts.append(HeadPart(self.q_head_start, self.answer.partial))
-            into.work = into.work + self.answer.work
-            into.index_kinds.add(self.answer.index_kind)
-            return
-        heads = self.piece.kv_head_stop - self.piece.kv_head_start
-        missing = self.rows[0] * heads * len(self.scope)
-        into.work = into.work + WorkFigures(
-            keys_in_scope=missing, bytes_in_scope=missing * row_bytes
-        )
-        into.error = self.error
-
-
-@dataclass(eq=False, slots=True)
-class _Message:
-    """A request on its way to one node. `late` while it is out though it should have come;
-    `left` when its asks were answered by another node meanwhile."""
-
-    node_id: str
-    address: str
-    health: NodeHealth
-    asks: list[_Ask] = field(default_factory=list)
-    size: int = 0
-    sent_at: float = 0.0
-    late_at: float = math.inf
-    late: bool = False
-    left: bool = False
-    reply: asyncio.Future[Any] | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether there is nothing left to wait for."""
-        return self.reply is None or self.reply.done()
 
 
 class FanOut:
@@ -237,7 +111,7 @@ class FanOut:
                 if len(scope):
                     start, stop = piece.kv_head_start * group, piece.kv_head_stop * group
                     part = asked.queries[:, start:stop]
-                    asks.append(_Ask(number, session, asked, piece, scope, start, part))
+                    asks.append(Ask(number, session, asked, piece, scope, start, part))
         flight = _InFlight(self, layer, scale, softcap, deadline, len(queries), asks)
         flight.write(asks)
         return flight
@@ -274,14 +148,14 @@ class FanOut:
             timer.cancel()
         self._awaited = None
 
-    def arrived(self, message: _Message) -> None:
+    def arrived(self, message: Message) -> None:
         """Called by the streams when a reply has come, failed or expired."""
         if message.left:
             self.settle(message)
         elif self._awaited is not None and self._awaited.enough():
             self._loop.stop()
 
-    def settle(self, message: _Message) -> None:
+    def settle(self, message: Message) -> None:
         """Learns from the end of a message how its node is."""
         health, now = message.health, time.monotonic()
         if message.late:
@@ -312,10 +186,10 @@ class FanOut:
             self._streams[address] = self._open_stream(address, self._loop)
         return self._streams[address]
 
-    def address_messages(self, asks: Sequence[_Ask]) -> list[_Message]:
+    def address_messages(self, asks: Sequence[Ask]) -> list[Message]:
         """One message per node for the pieces; those that no node is left for get an error."""
         now = time.monotonic()
-        messages: dict[str, _Message] = {}
+        messages: dict[str, Message] = {}
         for ask in asks:
             node_id = self._choose(ask, now)
             if node_id is None:
@@ -324,11 +198,11 @@ class FanOut:
             ask.under_way += 1
             if node_id not in messages:
                 address = ask.session.route.addresses[node_id]
-                messages[node_id] = _Message(node_id, address, self.health(node_id))
+                messages[node_id] = Message(node_id, address, self.health(node_id))
             messages[node_id].asks.append(ask)
         return list(messages.values())
 
-    def _choose(self, ask: _Ask, now: float) -> str | None:
+    def _choose(self, ask: Ask, now: float) -> str | None:
         """The node to ask: the first that is well, else the first there is."""
         left = ask.untried()
         if not left:
@@ -352,7 +226,7 @@ class FanOut:
         """A number that no other request of this worker has."""
         return next(self._request_ids)
 
-    def sent(self, message: _Message) -> None:
+    def sent(self, message: Message) -> None:
         """Counts a request that has left."""
         self._budget.asked()
 
@@ -368,7 +242,7 @@ class _InFlight:
         softcap: float,
         deadline: float,
         sessions: int,
-        asks: list[_Ask],
+        asks: list[Ask],
     ) -> None:
         self._fanout = fanout
         self._layer = layer
@@ -377,10 +251,10 @@ class _InFlight:
         self._deadline = deadline
         self._sessions = sessions
         self._asks = asks
-        self._messages: list[_Message] = []
+        self._messages: list[Message] = []
         self._hedged = False
 
-    def write(self, asks: Sequence[_Ask]) -> None:
+    def write(self, asks: Sequence[Ask]) -> None:
         """Addresses the pieces to nodes and sends; `collect` hears of failures."""
         messages = self._fanout.address_messages(asks)
         for message in messages:
@@ -432,7 +306,7 @@ class _InFlight:
                     ask.hedged += 1
                 self.write(waiting)
 
-    def _submit(self, message: _Message) -> asyncio.Future[Any] | None:
+    def _submit(self, message: Message) -> asyncio.Future[Any] | None:
         """The reply to come; None when the message cannot be made, and then its asks say why."""
         request_id = self._fanout.next_request_id()
         rows = [ask.for_node(message.node_id) for ask in message.asks]
@@ -456,7 +330,7 @@ class _InFlight:
         self._fanout.sent(message)
         return reply
 
-    def _take(self, message: _Message) -> NodeTiming:
+    def _take(self, message: Message) -> NodeTiming:
         """Takes one reply; returns the node's own times."""
         for ask in message.asks:
             ask.under_way -= 1
@@ -466,7 +340,7 @@ class _InFlight:
         try:
             response = message.reply.result()
             results = wire.attend_results_from_proto(response, [ask.rows for ask in message.asks])
-            _check_values(results, self._fanout.layers[self._layer].value_dim, message.node_id)
+            check_values(results, self._fanout.layers[self._layer].value_dim, message.node_id)
         except LongreachError as error:
             self._fail(message, error)
             return NodeTiming()
@@ -474,7 +348,7 @@ class _InFlight:
             ask.take(message.node_id, result)
         return wire.node_timing_from_proto(response)
 
-    def _leave(self, message: _Message) -> bool:
+    def _leave(self, message: Message) -> bool:
         """Whether another node has answered all that a message asks; its reply then only tells how
         the node is."""
         if any(ask.answer is None for ask in message.asks):
@@ -482,31 +356,9 @@ class _InFlight:
         message.left = True
         return True
 
-    def _fail(self, message: _Message, error: LongreachError) -> None:
+    def _fail(self, message: Message, error: LongreachError) -> None:
         if not isinstance(error, ConnectionLost | DeadlineExceeded):
             message.health.misled(time.monotonic())
         for ask in message.asks:
             if ask.answer is None:
                 ask.error = error
-
-
-def _check_values(
-    results: Sequence[AttendResult | LongreachError], value_dim: int, node_id: str
-) -> None:
-    """Raises Internal for partial attention that no honest node computes: it must never be merged.
-
-    An lse is a number or, where no key was seen, -inf.
-    """
-    for result in results:
-        if isinstance(result, LongreachError):
-            continue
-        output, lse = result.partial.output, result.partial.lse
-        if (
-            output.shape[-1] != value_dim
-            or not np.isfinite(output).all()
-            or not (lse < np.inf).all()
-        ):
-            raise Internal(
-                f"node {node_id!r} returned outputs {output.shape} of values of {value_dim} with "
-                f"{int((~np.isfinite(output)).sum())} that are no numbers; its answer is not used"
-            )

@@ -1,24 +1,34 @@
 """Opens a session on its nodes and reads its resident set back.
 
 Runs outside the thread that owns the device: it waits for nodes. A worker is a cache, so this is
-also how a session moves: the nodes hold its tail, and the next row starts where they end.
+also how a session moves: the nodes hold its tail, and the next row starts where they end. A node
+that holds less of the tail than another one of the same shard is given what it misses.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from gpu_worker.fanout import NodeSession
+from gpu_worker.asks import NodeSession
 from gpu_worker.resident import Kind
-from gpu_worker.routes import Route
-from longreach.errors import DeadlineExceeded, LongreachError, Unavailable
+from gpu_worker.routes import END, Route
+from gpu_worker.tail_copy import copied_entries
+from longreach.errors import (
+    DeadlineExceeded,
+    LongreachError,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from longreach.rpc.retrieval import NodeClient
 from longreach.types import (
+    AppendEntry,
     Identity,
     KvBlock,
     LayerGeometry,
@@ -31,6 +41,18 @@ from longreach.types import (
 
 log = logging.getLogger(__name__)
 
+OPEN_S = 1.0
+"""Longest that opening a session on a node may take where another one holds the same."""
+OPEN_ALONE_S = 5.0
+READ_S = 10.0
+"""Longest that reading a run of positions may take."""
+COPY_S = 30.0
+OPENING_THREADS = 32
+
+Kv = tuple[StorageArray, StorageArray]
+# A node that answers so does not hold what it should, at the moment; another one may.
+_AWAY = (Unavailable, DeadlineExceeded, NotFound, ResourceExhausted)
+
 
 class SessionNode(Protocol):
     """The part of NodeClient that opening a session uses."""
@@ -42,11 +64,21 @@ class SessionNode(Protocol):
         identity: Identity,
         tail_shards: Sequence[Shard],
         geometry: Sequence[LayerGeometry],
+        timeout_s: float | None = None,
     ) -> tuple[int, int]:
         """Opens a session; returns its handle and one past the last position held."""
 
-    def read(self, handle: int, span: Span, layers: Sequence[int] = ()) -> Iterator[KvBlock]:
+    def read(
+        self,
+        handle: int,
+        span: Span,
+        layers: Sequence[int] = (),
+        timeout_s: float | None = None,
+    ) -> Iterator[KvBlock]:
         """KV of a session's positions."""
+
+    def append(self, entries: Iterable[AppendEntry], timeout_s: float | None = None) -> int:
+        """Stores KV of a session's tail; returns one past the last position held."""
 
     def close_session(self, handle: int) -> int:
         """Ends a session."""
@@ -94,6 +126,7 @@ class Opener:
         self._window = window
         self._connect = connect
         self._clients: dict[str, SessionNode] = {}
+        self._pool = ThreadPoolExecutor(OPENING_THREADS, thread_name_prefix="open-session")
 
     def node(self, address: str) -> SessionNode:
         """The client of a node."""
@@ -110,10 +143,9 @@ class Opener:
         Raises Unavailable where no node of a shard answers, and what a node refused with.
         """
         nodes, stops = self._open_on_nodes(record, identity, route, capability)
-        stop = min(stops.values(), default=record.context_stop)
-        if record.known_ids:  # The last token is yet to be fed: its row draws the next one.
-            stop = min(stop, record.context_stop + len(record.known_ids) - 1)
+        stop = _common_stop(nodes, stops, record)
         try:
+            self._catch_up(nodes, stops, stop, record, identity)
             resident = self._read_resident(nodes, stop, identity)
         except LongreachError:
             self._give_up(nodes, stops, record)
@@ -139,6 +171,7 @@ class Opener:
 
     def disconnect(self) -> None:
         """Ends every connection."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         for client in self._clients.values():
             client.close()
 
@@ -148,27 +181,80 @@ class Opener:
         handles: dict[str, int] = {}
         stops: dict[str, int] = {}
         failures: dict[str, LongreachError] = {}
-        for node_id, address in route.addresses.items():
+
+        def open_on(node_id: str) -> tuple[int, int]:
             shards = route.tail_shards.get(node_id, ())
             kept = sorted({layer for shard in shards for layer in shard.layers})
+            return self.node(route.addresses[node_id]).open_session(
+                capability,
+                record,
+                identity,
+                shards,
+                [self._layers[i] for i in kept],
+                OPEN_S if _replicated(route, node_id) else OPEN_ALONE_S,
+            )
+
+        asked = {node_id: self._pool.submit(open_on, node_id) for node_id in route.addresses}
+        refused: LongreachError | None = None
+        for node_id, answer in asked.items():
             try:
-                handle, stop = self.node(address).open_session(
-                    capability, record, identity, shards, [self._layers[i] for i in kept]
-                )
-            except (Unavailable, DeadlineExceeded) as error:
+                handles[node_id], stop = answer.result()
+            except LongreachError as error:
                 failures[node_id] = error
-                continue
-            handles[node_id] = handle
-            if shards:
-                stops[node_id] = stop
+                if not isinstance(error, _AWAY):
+                    refused = error
+            else:
+                if route.tail_shards.get(node_id):
+                    stops[node_id] = stop
         nodes = NodeSession(route, handles, set(failures))
+        if refused is not None:
+            self._give_up(nodes, stops, record)
+            raise refused
         for pieces in route.pieces:
             for piece in pieces:
                 if not nodes.holders(piece):
                     self._give_up(nodes, stops, record)
+                    unknown = [failures[n] for n in piece.node_ids]
+                    if all(isinstance(each, NotFound) for each in unknown):
+                        raise unknown[0]
                     causes = "; ".join(failures[n].message for n in piece.node_ids)
                     raise Unavailable(f"no node of shard {piece.shard_id!r} answers: {causes}")
         return nodes, stops
+
+    def _catch_up(
+        self,
+        nodes: NodeSession,
+        stops: Mapping[str, int],
+        stop: int,
+        record: SessionRecord,
+        identity: Identity,
+    ) -> None:
+        """Gives nodes that hold less of the tail what they miss; one that cannot take it is left
+        out of the session."""
+        behind = {node_id: held for node_id, held in stops.items() if held < stop}
+        nodes.lost.update(behind)
+        dtype = storage_dtype(identity.dtype)
+
+        def read(layers: Sequence[int], span: Span) -> dict[int, Kv]:
+            parts = self._read_span(nodes, layers, span, dtype)
+            return {part.layer: (part.keys, part.values) for part in parts}
+
+        for node_id, held in behind.items():
+            route = nodes.route
+            entries = copied_entries(
+                record,
+                Span(held, stop),
+                nodes.handles[node_id],
+                route.tail_shards[node_id],
+                self._layers,
+                read,
+            )
+            try:
+                self.node(route.addresses[node_id]).append(entries, COPY_S)
+            except LongreachError as error:
+                log.warning("node %s is left out of a session: %s", node_id, error)
+            else:
+                nodes.lost.discard(node_id)
 
     def _read_resident(
         self, nodes: NodeSession, stop: int, identity: Identity
@@ -188,18 +274,57 @@ class Opener:
         members: Sequence[int],
         span: Span,
         dtype: np.dtype[np.generic],
-    ) -> Iterator[ResidentPart]:
-        """The span of layers of one kind, from the nodes that hold it; all of it or an error."""
-        room = {layer: _Room(self._layers[layer], span, dtype) for layer in members}
-        for node_id, wanted in _asked(nodes, members, span).items():
-            client = self.node(nodes.route.addresses[node_id])
-            for part, layers in wanted.items():
-                for block in client.read(nodes.handles[node_id], part, layers):
-                    for axis, layer in enumerate(block.layers):
-                        if layer in room:
-                            room[layer].put(block, axis)
-        for layer, each in room.items():
-            yield each.part(layer)
+    ) -> list[ResidentPart]:
+        """The span of some layers, from the nodes that hold it; all of it or an error. A node that
+        fails is left out where another one holds the same."""
+        while True:
+            room = {layer: _Room(self._layers[layer], span, dtype) for layer in members}
+            failed = False
+            for node_id, wanted in _asked(nodes, members, span).items():
+                try:
+                    self._read_from(nodes, node_id, wanted, room)
+                except _AWAY as error:
+                    if not nodes.can_lose(node_id):
+                        raise
+                    log.warning("node %s is left out of a session: %s", node_id, error)
+                    nodes.lost.add(node_id)
+                    failed = True
+            if not failed:
+                return [each.part(layer) for layer, each in room.items()]
+
+    def _read_from(
+        self,
+        nodes: NodeSession,
+        node_id: str,
+        wanted: Mapping[Span, Sequence[int]],
+        room: Mapping[int, _Room],
+    ) -> None:
+        client = self.node(nodes.route.addresses[node_id])
+        for part, layers in wanted.items():
+            for block in client.read(nodes.handles[node_id], part, layers, READ_S):
+                for axis, layer in enumerate(block.layers):
+                    if layer in room:
+                        room[layer].put(block, axis)
+
+
+def _common_stop(nodes: NodeSession, stops: Mapping[str, int], record: SessionRecord) -> int:
+    """Where a session stands: each part of its tail is on some node up to there."""
+    if not record.known_ids:  # What is missing could not be copied.
+        return min(stops.values(), default=record.context_stop)
+    tails = {piece for pieces in nodes.route.pieces for piece in pieces if piece.span.stop == END}
+    held = [max(stops[node_id] for node_id in nodes.holders(piece)) for piece in tails]
+    # The last token is yet to be fed: its row draws the next one.
+    return min([*held, record.context_stop + len(record.known_ids) - 1])
+
+
+def _replicated(route: Route, node_id: str) -> bool:
+    """Whether another node holds whatever this one holds."""
+    return all(
+        len(piece.node_ids) > 1
+        for pieces in route.pieces
+        for piece in pieces
+        if node_id in piece.node_ids
+    )
 
 
 def _asked(

@@ -21,6 +21,7 @@ from longreach.rpc.channels import aio_channel, sync_channel
 from longreach.rpc.status import error_from_rpc
 from longreach.rpc.tls import ChannelTls
 from longreach.types import (
+    AppendEntry,
     AttendResult,
     AttendRows,
     CopyProgress,
@@ -138,6 +139,7 @@ class NodeClient:
         identity: Identity,
         tail_shards: Sequence[Shard],
         geometry: Sequence[LayerGeometry],
+        timeout_s: float | None = None,
     ) -> tuple[int, int]:
         """Opens a session; returns its handle and one past the last position the node holds.
 
@@ -151,7 +153,7 @@ class NodeClient:
                 tail_shards=[wire.shard_to_proto(shard) for shard in tail_shards],
                 layers=[wire.geometry_to_proto(layer) for layer in geometry],
             ),
-            timeout=self._timeout_s,
+            timeout=timeout_s or self._timeout_s,
         )
         return response.handle, response.stop
 
@@ -161,13 +163,40 @@ class NodeClient:
         request = pb.CloseSessionRequest(handle=handle)
         return self._stub.CloseSession(request, timeout=self._timeout_s).bytes_freed
 
-    def read(self, handle: int, span: Span, layers: Sequence[int] = ()) -> Iterator[KvBlock]:
+    @_raises_longreach_errors
+    def append(self, entries: Iterable[AppendEntry], timeout_s: float | None = None) -> int:
+        """Stores entries of one session in order, outside any long-lived stream; returns one past
+        the last position the node then holds. Raises why the first one was refused, and what
+        `entries` raise."""
+        failure: list[BaseException] = []
+        stop = 0
+        try:
+            for response in self._stub.Append(
+                _append_requests(entries, failure), timeout=timeout_s or self._timeout_s
+            ):
+                for result in response.results:
+                    if result.HasField("error"):
+                        raise wire.error_from_proto(result.error)
+                    stop = result.stop
+        except grpc.RpcError:
+            if failure:
+                raise failure[0] from None
+            raise
+        return stop
+
+    def read(
+        self,
+        handle: int,
+        span: Span,
+        layers: Sequence[int] = (),
+        timeout_s: float | None = None,
+    ) -> Iterator[KvBlock]:
         """K and V of a session's positions, context and tail, as they arrive.
 
         No `layers` means all that the node holds. Closing the iterator cancels the call.
         """
         request = pb.ReadRequest(handle=handle, layers=layers, span=wire.span_to_proto(span))
-        call = self._stub.Read(request)
+        call = self._stub.Read(request, timeout=timeout_s)
         try:
             for response in call:
                 yield wire.kv_block_from_proto(response.block)
@@ -354,6 +383,18 @@ def _put_requests(
             else:
                 for block in split_block(part, PUT_PART_BYTES):
                     yield pb.PutRequest(block=wire.kv_block_to_proto(block))
+    except Exception as error:
+        failure.append(error)
+        raise
+
+
+def _append_requests(
+    entries: Iterable[AppendEntry], failure: list[BaseException]
+) -> Iterator[pb.AppendRequest]:
+    """One message for each entry. What `entries` raise is kept: gRPC would only say CANCELLED."""
+    try:
+        for number, entry in enumerate(entries, 1):
+            yield pb.AppendRequest(request_id=number, entries=[wire.append_entry_to_proto(entry)])
     except Exception as error:
         failure.append(error)
         raise

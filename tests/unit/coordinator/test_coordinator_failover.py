@@ -9,7 +9,7 @@ import pytest
 from conftest import World, eventually, new_world, raised, running_world
 from coordinator_doubles import FakeWorker, answer
 
-from coordinator.failover import PAUSES_S, Course, first_epoch
+from coordinator.failover import HEAL_AFTER_S, PAUSES_S, Course, Healing, first_epoch
 from coordinator.generation import FinishReason, Generation
 from longreach.errors import (
     CoverageTooLow,
@@ -74,6 +74,21 @@ class TestCourse:
     def test_a_later_attempt_begins_above_every_epoch_of_an_earlier_one(self):
         assert first_epoch(0) == 1
         assert first_epoch(1) > first_epoch(0) + 1_000_000
+
+
+class TestHealing:
+    def test_a_session_is_opened_anew_when_a_node_that_it_lost_is_well(self):
+        healing = Healing()
+        assert not healing.due((), {"n0"}, 0.0)
+        assert not healing.due(("n1",), {"n0", "n1"}, 1.0)
+        assert not healing.due(("n1",), {"n0"}, 9.0)
+        assert healing.due(("n1",), {"n0", "n1"}, 9.5)
+        # It did not help: it waits for longer.
+        assert not healing.due(("n1",), {"n0", "n1"}, 9.5 + 1.9 * HEAL_AFTER_S)
+        assert healing.due(("n1",), {"n0", "n1"}, 9.5 + 2 * HEAL_AFTER_S)
+        assert not healing.due((), {"n0", "n1"}, 100.0)
+        assert not healing.due(("n1",), {"n1"}, 101.0)
+        assert healing.due(("n1",), {"n1"}, 101.0 + HEAL_AFTER_S)
 
 
 def generation(**fields):
@@ -216,3 +231,18 @@ async def test_without_another_worker_the_request_fails_clearly(world):
     assert isinstance(error, Unavailable)
     assert error.reason == "NO_WORKER"
     assert "within 1 s" in error.message
+
+
+async def test_sessions_follow_their_context_to_other_nodes(world):
+    context = await world.context(TOKENS)
+    worker = world.workers["worker-0"]
+    call = asyncio.create_task(
+        world.generate([3], context_id=context.context_id, max_tokens=300, ignore_eos=True)
+    )
+    await eventually(lambda: len(worker.steps) > 5)
+    world.server.coordinator.sessions.route_changed("ctx-of-others")
+    world.server.coordinator.sessions.route_changed(context.context_id)
+    reply = await call
+    assert reply.token_ids == answer([*TOKENS, 3], 300)
+    assert reply.summary.failovers == 1
+    assert len(worker.opened) == 2

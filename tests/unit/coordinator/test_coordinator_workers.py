@@ -83,18 +83,31 @@ async def test_prefills_go_to_the_least_busy_worker(pair):
     await asyncio.gather(first, second)
 
 
-async def test_a_worker_that_takes_leave_finishes_what_it_has(pair):
-    for worker in pair.workers.values():
-        worker.step_gate.clear()
-    calls = [asyncio.create_task(pair.generate([i], max_tokens=4)) for i in (1, 2)]
-    await eventually(lambda: all(w.steps for w in pair.workers.values()))
+async def test_a_worker_that_takes_leave_hands_its_sessions_over(pair):
+    calls = [
+        asyncio.create_task(pair.generate([i], max_tokens=300, ignore_eos=True)) for i in (1, 2)
+    ]
+    await eventually(lambda: all(len(w.steps) > 5 for w in pair.workers.values()))
     await pair.leave("worker-1")
-    for worker in pair.workers.values():
-        worker.step_gate.set()
+    await eventually(lambda: not pair.workers["worker-1"].sessions)
     replies = await asyncio.gather(*calls)
-    assert {reply.summary.worker_id for reply in replies} == {"worker-0", "worker-1"}
+    assert [reply.token_ids for reply in replies] == [answer([i], 300) for i in (1, 2)]
+    assert {reply.summary.worker_id for reply in replies} == {"worker-0"}
+    assert sorted(reply.summary.failovers for reply in replies) == [0, 1]
     for i in range(3):
         assert (await pair.generate([i], max_tokens=1)).summary.worker_id == "worker-0"
+
+
+async def test_the_only_worker_finishes_what_it_has_when_it_takes_leave(world):
+    worker = world.workers["worker-0"]
+    worker.step_gate.clear()
+    call = asyncio.create_task(world.generate([1], max_tokens=4))
+    await eventually(lambda: worker.steps)
+    await world.leave("worker-0")
+    worker.step_gate.set()
+    reply = await call
+    assert reply.token_ids == answer([1], 4)
+    assert reply.summary.failovers == 0
 
 
 async def test_without_any_worker_requests_say_so():

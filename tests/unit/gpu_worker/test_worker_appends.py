@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpu_worker.appends import Appends, LayerKv, NewTokens
-from gpu_worker.fanout import NodeSession
+from gpu_worker.asks import NodeSession
 from gpu_worker.routes import plan_route
 from longreach.errors import (
     FailedPrecondition,

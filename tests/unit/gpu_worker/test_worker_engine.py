@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from worker_cluster import Cluster, cluster, feed, last_progress
+from worker_cluster import Cluster, close_capability, cluster, feed, last_progress
+from worker_doubles import wait_until
 from worker_models import FAMILIES, eager_logits, random_model, random_module, random_tokens
 
 from gpu_worker.engine import Engine
@@ -124,6 +125,42 @@ def test_another_worker_takes_a_session_over_where_the_nodes_stand() -> None:
             if result.error is not None:
                 break
         assert isinstance(result.error, StaleEpoch)
+
+
+@pytest.mark.parametrize("policy", ["replicated", "replicated_heads"])
+def test_a_node_that_lost_a_tail_is_given_it_again_by_another(policy: str) -> None:
+    model = random_model("gemma3")
+    want = eager_logits(model, TOKENS)
+    stops = list(range(CONTEXT + 1, CONTEXT + 81))
+    with cluster(model) as nodes:
+        engine = nodes.engine()
+        to = nodes.prefill(engine, TOKENS[:CONTEXT], policy)
+        known = TOKENS[CONTEXT : CONTEXT + 81]
+        nodes.open(engine, to, CONTEXT, known=known)
+        assert_follows(engine, want, CONTEXT, stops)
+        wait_until(lambda: engine._appends.acknowledged("s") == CONTEXT + 80)
+        store = nodes.nodes["n0"].store
+        assert store.close_session_id("s", close_capability("s")) > 0
+        stop, _ = nodes.open(engine, to, CONTEXT, epoch=2, known=known)
+        assert stop == CONTEXT + 80
+        assert store.stats().tail_bytes > 0
+        # Now the one that gave it is gone, and nothing is missing.
+        nodes.nodes["n1"].stop()
+        assert_follows(engine, want, stop, list(range(stop + 1, stop + 60)))
+
+
+def test_a_session_stands_before_the_last_token_that_is_known() -> None:
+    model = random_model("llama")
+    with cluster(model) as nodes:
+        engine = nodes.engine()
+        to = nodes.prefill(engine, TOKENS[:CONTEXT])
+        nodes.open(engine, to, CONTEXT, known=TOKENS[CONTEXT : CONTEXT + 5])
+        feed(engine, CONTEXT, TOKENS[CONTEXT : CONTEXT + 5])
+        time.sleep(0.2)
+        stop, _ = nodes.open(engine, to, CONTEXT, epoch=2, known=TOKENS[CONTEXT : CONTEXT + 5])
+        assert stop == CONTEXT + 4
+        other = (*TOKENS[CONTEXT : CONTEXT + 2], TOKENS[CONTEXT + 2] + 1, 9, 9)
+        assert nodes.open(engine, to, CONTEXT, epoch=3, known=other)[0] == CONTEXT + 2
 
 
 def _settled(nodes: Cluster, engine: Engine, to: object, expected: int) -> int:

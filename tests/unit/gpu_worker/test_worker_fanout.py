@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from gpu_worker import node_health
-from gpu_worker.fanout import FanOut, NodeSession
+from gpu_worker.asks import NodeSession
+from gpu_worker.fanout import FanOut
 from gpu_worker.methods.base import Collected, SessionQueries
 from gpu_worker.routes import plan_route
 from longreach import wire

@@ -104,9 +104,16 @@ class Cluster:
         epoch: int = 1,
         min_coverage: float = 1.0,
         sampling: SamplingParams | None = None,
+        known: Sequence[int] = (),
     ) -> tuple[int, int]:
         record = SessionRecord(
-            session_id, to.context_id, stop, "", epoch, sampling=sampling or SamplingParams()
+            session_id,
+            to.context_id,
+            stop,
+            "",
+            epoch,
+            tuple(known),
+            sampling=sampling or SamplingParams(),
         )
         capability = Capability("read", "", to.context_id, time.time() + 600, session_id, epoch)
         return engine.open_session(
@@ -184,4 +191,22 @@ def _replicated(model: Model, tokens: int, nodes: tuple[str, ...]) -> tuple[Shar
     return (Shard("all", Span(0, tokens), every, 0, model.layers[0].kv_heads, nodes),)
 
 
-_POLICIES = {"layer": _by_layer, "span_and_head": _by_span_and_head, "replicated": _replicated}
+def _replicated_heads(model: Model, tokens: int, nodes: tuple[str, ...]) -> tuple[Shard, ...]:
+    every = tuple(layer.layer for layer in model.layers)
+    return tuple(
+        Shard(f"head-{head}", Span(0, tokens), every, head, head + 1, nodes)
+        for head in range(model.layers[0].kv_heads)
+    )
+
+
+def close_capability(session_id: str) -> bytes:
+    """Leave to close a session by its id."""
+    return sign(Capability("close", "", "", time.time() + 600, session_id), SECRET.encode())
+
+
+_POLICIES = {
+    "replicated_heads": _replicated_heads,
+    "layer": _by_layer,
+    "span_and_head": _by_span_and_head,
+    "replicated": _replicated,
+}

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from gpu_worker.appends import Appends
+from gpu_worker.asks import NodeSession
 from gpu_worker.chunking import ChunkSizer, FixedChunks
 from gpu_worker.conformance import RetrieverSink
 from gpu_worker.decoding import Decoder
-from gpu_worker.fanout import NodeSession
 from gpu_worker.methods.in_process import InProcessRetriever
 from gpu_worker.model import Model
 from gpu_worker.prefill import PrefillJob
