@@ -42,7 +42,7 @@ NODES = ("node-0", "node-1", "node-2")
 
 def expanded(text: str) -> str:
     """Compose's ${NAME:-default} with no variable set."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+    return re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", text)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,24 @@ def test_up_without_flags_is_a_whole_cluster_without_a_gpu(services: dict[str, A
     assert services["worker-gpu"]["profiles"] == ["gpu"]
     for name in default - {"coordinator"}:
         assert services[name]["depends_on"] == {"coordinator": {"condition": "service_started"}}
+
+
+def test_a_node_may_die_and_the_catalog_outlives_the_coordinator(services: dict[str, Any]) -> None:
+    everything = yaml.safe_load(expanded(COMPOSE.read_text()))["services"]
+    coordinator, valkey = services["coordinator"], everything["valkey"]
+    config: Any = read_config(
+        CoordinatorConfig,
+        "coordinator",
+        [],
+        {key: str(value) for key, value in coordinator["environment"].items()},
+    )
+    assert config.replicas == 2 < len(NODES)
+    assert config.catalog == "redis://valkey:6379/0"
+    assert "profiles" not in valkey
+    assert valkey["healthcheck"]["test"] == ["CMD", "valkey-cli", "ping"]
+    assert coordinator["depends_on"] == {"valkey": {"condition": "service_healthy"}}
+    assert valkey["read_only"] is True
+    assert [each.partition(":")[2] for each in valkey["volumes"]] == ["/data"]
 
 
 def test_every_variable_is_a_setting_of_its_service(services: dict[str, Any]) -> None:
