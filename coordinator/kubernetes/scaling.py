@@ -131,7 +131,7 @@ def decide(rules: Rules, view: View, memory: Memory, now: float) -> tuple[Decisi
     if away or len(view.seats) != view.replicas:
         kept = dataclasses.replace(memory, plenty_since=None)
         return Wait(f"{view.replicas} nodes wanted, away: {away}"), kept
-    short = _shortage(rules, view)
+    short = _shortage(rules, view, leaving=memory.evacuating)
     if short:
         if memory.evacuating is not None:
             return Keep(memory.evacuating, short), Memory()
@@ -145,12 +145,14 @@ def decide(rules: Rules, view: View, memory: Memory, now: float) -> tuple[Decisi
     return _plenty(rules, view, memory, now)
 
 
-def _shortage(rules: Rules, view: View) -> str:
-    """Why memory is short; empty when it is not."""
+def _shortage(rules: Rules, view: View, leaving: int | None) -> str:
+    """Why memory is short, that of a node which is being evacuated not counted; empty when it is
+    not."""
     if view.refused_bytes:
         return f"a context was refused for {view.refused_bytes} bytes"
-    if view.used_bytes > rules.out_above * view.limit_bytes:
-        share = view.used_bytes / max(1, view.limit_bytes)
+    limit_bytes = sum(s.limit_bytes for s in view.seats if s.alive and s.ordinal != leaving)
+    if view.used_bytes > rules.out_above * limit_bytes:
+        share = view.used_bytes / max(1, limit_bytes)
         return f"{share:.0%} of memory in use, more than {rules.out_above:.0%}"
     return ""
 

@@ -65,6 +65,12 @@ STORIES = {
         120  30/100 25/100 5/100        -> wait
         130  85/100 85/100 85/100       -> grow 4
     """,
+    "a node that is leaving has no memory to give": """
+        0    20/100 20/100 20/100       -> wait
+        100  20/100 20/100 20/100       -> evacuate 2
+        110  85/100 75/100 5/100        -> keep 2
+        120  85/100 75/100 5/100        -> wait
+    """,
     "nothing shrinks while a node is away that may hold something": """
         0    20/100 20/100 20/100       -> wait
         100  20/100 20/100 20/100       -> evacuate 2
