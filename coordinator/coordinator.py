@@ -141,7 +141,10 @@ class Coordinator:
         if self._kubernetes is not None:
             self._kubernetes.hints(self._pod_gone)
             self._kubernetes.scales(
-                self._cluster.members, self.contexts.leads, self.contexts.refused_bytes
+                self._cluster.members,
+                self.contexts.leads,
+                self.contexts.refused_bytes,
+                evacuate=lambda node_id: self._apply(Drain(node_id)),
             )
 
     async def start(self) -> None:

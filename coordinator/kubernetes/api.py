@@ -87,6 +87,7 @@ class KubernetesApi:
         self._leases = client.CoordinationV1Api(self._client)
         self._slices = client.DiscoveryV1Api(self._client)
         self._sets = client.AppsV1Api(self._client)
+        self._pods = client.CoreV1Api(self._client)
 
     async def close(self) -> None:
         """Ends the connections."""
@@ -165,6 +166,13 @@ class KubernetesApi:
         }
         call = self._sets.replace_namespaced_stateful_set_scale_without_preload_content
         await self._ask(call, name, self.namespace, body)
+
+    async def restart_pod(self, name: str) -> None:
+        """Deletes a pod of a set, which then makes it anew; no pod is no error."""
+        with contextlib.suppress(NotFound):
+            await self._ask(
+                self._pods.delete_namespaced_pod_without_preload_content, name, self.namespace
+            )
 
     async def _ask(self, call: Callable[..., Awaitable[Any]], *values: Any, **options: Any) -> Any:
         """One request; the answer's JSON."""

@@ -12,7 +12,7 @@ from coordinator.kubernetes.api import KubernetesApi
 from coordinator.kubernetes.elected_catalog import ElectedCatalog
 from coordinator.kubernetes.informer import EndpointInformer
 from coordinator.kubernetes.lease_keeper import LeaseKeeper
-from coordinator.kubernetes.scaler import Evacuations, NodeScaler
+from coordinator.kubernetes.scaler import NodeScaler
 from coordinator.kubernetes.scaling import Rules
 
 
@@ -48,7 +48,7 @@ class KubernetesIntegration:
         members: Callable[[], Iterable[Member]],
         leads: Callable[[], bool],
         refused_bytes: Callable[[], int],
-        evacuations: Evacuations | None = None,
+        evacuate: Callable[[str], None],
     ) -> None:
         """Sizes the set of the nodes, where one is set."""
         config = self._config
@@ -65,7 +65,7 @@ class KubernetesIntegration:
             self._api,
             config.kubernetes_node_set,
             rules,
-            evacuations,
+            evacuate,
             members=members,
             leads=leads,
             refused_bytes=refused_bytes,

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from coordinator.cluster import Member, MemberState
 from coordinator.kubernetes.api import KubernetesApi, SetScale
@@ -29,27 +28,18 @@ INTERVAL_S = 10.0
 _log = logging.getLogger(__name__)
 
 
-class Evacuations(Protocol):
-    """Moves what a node holds to others, while it goes on answering."""
-
-    async def evacuate(self, node_id: str) -> None:
-        """Begins, or goes on; the node takes nothing new."""
-
-    async def keep(self, node_id: str) -> None:
-        """Ends it: the node takes new work again."""
-
-
 class NodeScaler:
-    """Applies `decide` to what the members report. `members` are all of the cluster, `leads` says
-    whether this coordinator is the leader, `refused_bytes` what contexts lacked since it was last
-    asked."""
+    """Applies `decide` to what the members report. `evacuate(node)` has a node emptied while it goes
+    on answering; that ends with its process only, so that one which is to stay after all is
+    restarted. `members` are all of the cluster, `leads` says whether this coordinator is the
+    leader, `refused_bytes` what contexts lacked since it was last asked."""
 
     def __init__(
         self,
         api: KubernetesApi,
         node_set: str,
         rules: Rules,
-        evacuations: Evacuations | None,
+        evacuate: Callable[[str], None],
         *,
         members: Callable[[], Iterable[Member]],
         leads: Callable[[], bool],
@@ -60,7 +50,7 @@ class NodeScaler:
         self._api = api
         self._node_set = node_set
         self._rules = rules
-        self._evacuations = evacuations
+        self._evacuate = evacuate
         self._members = members
         self._leads = leads
         self._refused_bytes = refused_bytes
@@ -98,11 +88,11 @@ class NodeScaler:
         match decision:
             case Grow(replicas=replicas) | Shrink(replicas=replicas):
                 await self._api.write_scale(self._node_set, SetScale(replicas, scale.version))
-            case Evacuate(ordinal=ordinal) if self._evacuations:
-                await self._evacuations.evacuate(self._pod(ordinal))
-            case Keep(ordinal=ordinal) if self._evacuations:
-                await self._evacuations.keep(self._pod(ordinal))
-            case _:
+            case Evacuate(ordinal=ordinal):
+                self._evacuate(self._pod(ordinal))
+            case Keep(ordinal=ordinal):
+                await self._api.restart_pod(self._pod(ordinal))
+            case Wait():
                 pass
 
     def _pod(self, ordinal: int) -> str:

@@ -39,7 +39,7 @@ LEASES = {("coordination.k8s.io", "leases", "create", ())} | {
 }
 SCALE = {
     ("apps", "statefulsets/scale", verb, ("demo-longreach-node",)) for verb in ("get", "update")
-}
+} | {("", "pods", "delete", tuple(f"demo-longreach-node-{n}" for n in range(8)))}
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,11 @@ def test_draining_fits_into_the_time_before_the_kill(rendered: dict[str, list[Do
         drain = float(environment(spec["containers"][0])["LONGREACH_DRAIN_GRACE_S"])
         (_, sleeps) = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         assert spec["terminationGracePeriodSeconds"] >= drain + float(sleeps) + 5
+        # The node's drain, its sessions' grace and its server's.
+        node = workloads(rendered[name])["retrievalNode"]
+        drain = float(environment(node["containers"][0])["LONGREACH_DRAIN_S"])
+        (_, sleeps) = node["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert node["terminationGracePeriodSeconds"] >= drain + float(sleeps) + 10
 
 
 def test_only_members_reach_nodes_and_only_the_coordinator_workers(

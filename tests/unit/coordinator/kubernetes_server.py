@@ -21,6 +21,7 @@ Object = dict[str, Any]
 MICRO_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|[+-]\d\d:\d\d)$")
 SLICES = "/apis/discovery.k8s.io/v1/namespaces/ai/endpointslices"
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/ai/leases"
+PODS = "/api/v1/namespaces/ai/pods"
 SCALE = "/apis/apps/v1/namespaces/ai/statefulsets/{name}/scale"
 
 
@@ -40,6 +41,7 @@ class KubernetesServer:
         self.delay_s = 0.0
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.lists = 0
+        self.deleted_pods: list[str] = []
         self._version = 100
         self._history: list[tuple[int, Object]] = []
         self._compacted = 0
@@ -56,6 +58,7 @@ class KubernetesServer:
         app.router.add_get(SLICES, self._list_or_watch)
         app.router.add_get(SCALE, self._get_scale)
         app.router.add_put(SCALE, self._replace_scale)
+        app.router.add_delete(PODS + "/{name}", self._delete_pod)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -232,6 +235,14 @@ class KubernetesServer:
         self.scales[name]["spec"]["replicas"] = scale["spec"]["replicas"]
         self.scales[name]["metadata"]["resourceVersion"] = self._next()
         return _json(self.scales[name])
+
+    async def _delete_pod(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        self.deleted_pods.append(name)
+        if not name.startswith("node-"):
+            return _missing("pods", request)
+        metadata = {"name": name, "deletionTimestamp": "2026-01-01T00:00:00Z"}
+        return _json({"kind": "Pod", "apiVersion": "v1", "metadata": metadata})
 
     def _next(self) -> str:
         self._version += 1

@@ -13,7 +13,7 @@ from coordinator_doubles import SECRET, FakeNode
 from kubernetes_server import KubernetesServer
 
 from coordinator.catalog.sqlite import SqliteCatalog
-from coordinator.cluster import Cluster, Heartbeat, MemberState
+from coordinator.cluster import Cluster, Drain, Heartbeat, MemberState
 from coordinator.config import CoordinatorConfig
 from coordinator.coordinator import Coordinator
 from coordinator.kubernetes import api as kubernetes_api
@@ -324,19 +324,6 @@ async def test_faults_are_waited_out(
 # The size of the set.
 
 
-class Moves:
-    """Records evacuations."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    async def evacuate(self, node_id: str) -> None:
-        self.asked.append(f"evacuate {node_id}")
-
-    async def keep(self, node_id: str) -> None:
-        self.asked.append(f"keep {node_id}")
-
-
 def node_report(name: str, used_bytes: int, limit_bytes: int = 100) -> Heartbeat:
     double = FakeNode(name)
     stats = double.stats()
@@ -355,18 +342,21 @@ class Scene:
     """A scaler over a cluster whose members report what the test says."""
 
     def __init__(self, server: KubernetesServer, api: KubernetesApi) -> None:
-        self.cluster, self.moves, self.refused = Cluster(), Moves(), 0
+        self.cluster, self.refused = Cluster(), 0
         self.leading, self.now, self.server = True, 0.0, server
         self.scaler = NodeScaler(
             api,
             "node",
             Rules(2, 4, in_after_s=0),
-            self.moves,
+            self.evacuate,
             members=self.cluster.members,
             leads=lambda: self.leading,
             refused_bytes=lambda: self.refused,
             clock=lambda: self.now,
         )
+
+    def evacuate(self, node_id: str) -> None:
+        self.cluster.apply(Drain(node_id), self.now)
 
     async def turn(self, *used_bytes: int) -> Any:
         for ordinal, each in enumerate(used_bytes):
@@ -396,7 +386,11 @@ async def test_the_set_follows_memory_out_and_in(
     assert isinstance(await scene.turn(20, 20, 20), Evacuate)
     assert isinstance(await scene.turn(30, 30, 0), Shrink)
     assert scene.replicas == 2
-    assert scene.moves.asked == ["evacuate node-2", "keep node-2", "evacuate node-2"]
+    assert server.deleted_pods == ["node-2"], "a drain ends with the process only"
+    drained = scene.cluster.member("node-2")
+    assert drained is not None
+    assert drained.draining
+    await api.restart_pod("gone")  # no pod is no error
 
 
 async def test_only_the_leader_sizes_the_set(server: KubernetesServer, api: KubernetesApi) -> None:
