@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 
 
 class NodeScaler:
-    """Applies `decide` to what the members report. `evacuate(node)` has a node emptied while it goes
-    on answering; that ends with its process only, so that one which is to stay after all is
+    """Applies `decide` to what the members report. `evacuate(node)` has a node emptied while it
+    goes on answering; that ends with its process only, so that one which is to stay after all is
     restarted. `members` are all of the cluster, `leads` says whether this coordinator is the
     leader, `refused_bytes` what contexts lacked since it was last asked."""
 
