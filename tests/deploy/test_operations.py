@@ -27,7 +27,6 @@ QUESTION = " Who wrote the letter?"
 COORDINATOR_FLAGS: dict[str, object] = {"repair_grace_s": 0.5}
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-Starter = Callable[[int], LocalCluster]
 
 
 def run_block(name: str, cluster: LocalCluster | None = None, **variables: object) -> str:
@@ -55,25 +54,25 @@ def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture
-def cluster_of(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[Starter]:
-    started: list[LocalCluster] = []
+def started(model: Path, folder: Path, nodes: int) -> LocalCluster:
+    return LocalCluster(
+        model,
+        nodes=nodes,
+        data_dir=folder,
+        worker_flags={"sink_tokens": 4, "window_tokens": 64, "prefill_pattern": "dense"},
+        coordinator_flags=COORDINATOR_FLAGS,
+        tls=True,
+    ).start()
 
-    def start(nodes: int) -> LocalCluster:
-        cluster = LocalCluster(
-            tiny_model("llama"),
-            nodes=nodes,
-            data_dir=tmp_path / "cluster",
-            worker_flags={"sink_tokens": 4, "window_tokens": 64, "prefill_pattern": "dense"},
-            coordinator_flags=COORDINATOR_FLAGS,
-            tls=True,
-        )
-        started.append(cluster)
-        return cluster.start()
 
-    yield start
-    for each in started:
-        each.stop()
+@pytest.fixture(scope="module")
+def cluster(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalCluster]:
+    """Three nodes, for the procedures that leave a cluster whole."""
+    running = started(tiny_model("llama"), tmp_path_factory.mktemp("cluster"), 3)
+    yield running
+    running.stop()
 
 
 def ask(client: Client, context: str) -> tuple[int, ...]:
@@ -107,9 +106,18 @@ def test_sizes_are_computed(tmp_path: Path) -> None:
     assert "replicas: 7" in (tmp_path / "sizes.yaml").read_text()
 
 
-def test_a_backup_brings_back_what_a_disk_lost(cluster_of: Starter, tmp_path: Path) -> None:
-    cluster = cluster_of(1)
-    snapshots, backup = cluster.data_dir / "snapshots" / "node-0", tmp_path / "backup"
+def test_a_backup_brings_back_what_a_disk_lost(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cluster = started(tiny_model("llama"), tmp_path / "cluster", 1)
+    try:
+        back_up_and_restore(cluster, tmp_path / "backup")
+    finally:
+        cluster.stop()
+
+
+def back_up_and_restore(cluster: LocalCluster, backup: Path) -> None:
+    snapshots = cluster.data_dir / "snapshots" / "node-0"
     backup.mkdir()
     with cluster.client(timeout_s=60) as client:
         context = stored(client)
@@ -128,19 +136,17 @@ def test_a_backup_brings_back_what_a_disk_lost(cluster_of: Starter, tmp_path: Pa
         answers_again(client, context, wanted)
 
 
-def test_nodes_restart_one_by_one(cluster_of: Starter) -> None:
-    cluster = cluster_of(2)
+def test_nodes_restart_one_by_one(cluster: LocalCluster) -> None:
     with cluster.client(timeout_s=60) as client:
         context = stored(client)
         wanted = ask(client, context)
-        for name in ("node-0", "node-1"):
+        for name in ("node-0", "node-1", "node-2"):
             cluster.restart(name)
             run_block("wait until whole", cluster)
             answers_again(client, context, wanted)
 
 
-def test_a_drained_node_leaves_nothing_behind(cluster_of: Starter) -> None:
-    cluster = cluster_of(3)
+def test_a_drained_node_leaves_nothing_behind(cluster: LocalCluster) -> None:
     with cluster.client(timeout_s=60) as client:
         context = stored(client)
         wanted = ask(client, context)
@@ -153,35 +159,12 @@ def test_a_drained_node_leaves_nothing_behind(cluster_of: Starter) -> None:
         now = {n for s in client.contexts.get(context).shard_map.shards for n in s.node_ids}
         assert leaving not in now
         assert len(now) == 2
-
-
-def test_a_lost_machine_is_replaced(cluster_of: Starter) -> None:
-    cluster = cluster_of(2)
-    with cluster.client(timeout_s=60) as client:
-        context = stored(client)
-        wanted = ask(client, context)
-        lost = cluster.process("node-0")
-        lost.kill()
-        shutil.rmtree(cluster.data_dir / "snapshots" / "node-0")
-        added = cluster._node("node-2")
-        added.flags["--coordinators"] = cluster.address
-        try:
-            added.start()
-            added.wait_announced(time.monotonic() + 60)
-            until(lambda: client.status().segments_under_replicated > 0, 30)
-            run_block("wait until whole", cluster)
-            holders = {n for s in client.contexts.get(context).shard_map.shards for n in s.node_ids}
-            assert holders == {"node-1", "node-2"}
-            cluster.process("node-1").kill()
-            answers_again(client, context, wanted)  # from the new node alone
-        finally:
-            added.stop()
+    cluster.restart(leaving)
 
 
 def test_a_certificate_is_replaced_under_the_running_node(
-    cluster_of: Starter,
+    cluster: LocalCluster,
 ) -> None:
-    cluster = cluster_of(1)
     with cluster.client(timeout_s=60) as client:
         context = stored(client)
         wanted = ask(client, context)
@@ -190,6 +173,29 @@ def test_a_certificate_is_replaced_under_the_running_node(
         run_block("rotate", cluster, NODE="node-0", CERTS=cluster.data_dir / "tls")
         until(lambda: serial(cluster, node) != before)
         assert ask(client, context) == wanted
+
+
+def test_a_lost_machine_is_replaced(cluster: LocalCluster) -> None:
+    with cluster.client(timeout_s=60) as client:
+        context = stored(client)
+        wanted = ask(client, context)
+        holders = {n for s in client.contexts.get(context).shard_map.shards for n in s.node_ids}
+        lost = min(holders)
+        cluster.process(lost).kill()
+        shutil.rmtree(cluster.data_dir / "snapshots" / lost)
+        added = cluster._node("node-3")
+        added.flags["--coordinators"] = cluster.address
+        try:
+            added.start()
+            added.wait_announced(time.monotonic() + 60)
+            until(lambda: client.status().segments_under_replicated > 0, 30)
+            run_block("wait until whole", cluster)
+            now = {n for s in client.contexts.get(context).shard_map.shards for n in s.node_ids}
+            assert lost not in now
+            assert client.contexts.get(context).shards_under_replicated == 0
+            answers_again(client, context, wanted)
+        finally:
+            added.stop()
 
 
 def serial(cluster: LocalCluster, member: MemberProcess) -> int:
