@@ -476,6 +476,7 @@ async def test_a_coordinator_leads_by_the_lease_and_hears_of_pods(
     coordinator = Coordinator(config)
     await coordinator.start()
     await server.watched()
+    await until(lambda: "leader" in server.leases)
     assert server.leases["leader"]["spec"]["holderIdentity"] == "c-0"
     await until(coordinator.contexts.leads)
     for name in ("n-0", "n-1"):
