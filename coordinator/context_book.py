@@ -31,7 +31,8 @@ class ContextBook:
     """What the coordinator `name` knows of every context.
 
     States that follow from the cluster are decided elsewhere; the book only keeps them. `records`
-    and `tombstones` mirror the catalog, and run ahead of it while it writes. Reading never waits
+    and `tombstones` mirror the catalog, and run ahead of it while it writes; `repairing` are those
+    whose lost KV this coordinator has computed again just now. Reading never waits
     for the catalog. A write that does not reach it is kept and made up for when it answers again;
     only `claim` and `erase` insist.
     """
@@ -46,6 +47,7 @@ class ContextBook:
         self.name = name
         self.records: dict[str, ContextRecord] = {}
         self.tombstones: set[str] = set()
+        self.repairing: set[str] = set()
         self._catalog = catalog
         self._cluster = cluster
         self._clock = clock

@@ -1,8 +1,8 @@
 """Contexts: stored once, found by content, watched while they fill, settled by what nodes hold.
 
-    RESERVED ──> FILLING ──> READY <──> UNAVAILABLE      shards out of reach, back again
-        │           │
-        └───────────┴──> FAILED                          the error is kept, the KV dropped
+    RESERVED ──> FILLING ──> READY <──> UNAVAILABLE ──> REPAIRING ──> READY
+        │           │            shards out of reach;   computed again where no copy is left
+        └───────────┴──> FAILED                         the error is kept, the KV dropped
 
 A context whose last watcher leaves before READY is forgotten and dropped. `filling` stores them,
 `settling` keeps their states true; this is what the rest of the coordinator uses.
@@ -30,6 +30,7 @@ from coordinator.models import Models
 from coordinator.placement.base import ContextToPlace, check_room
 from coordinator.placement.planner import place, policy_names
 from coordinator.prefixes import PrefixIndex
+from coordinator.refilling import Refilling
 from coordinator.repairing import Limits, Repairing
 from coordinator.requests import (
     NewContext,
@@ -139,6 +140,8 @@ class Contexts:
                 grace_s=config.repair_grace_s,
                 rebalance_pause_s=pause_s if pause_s >= 0 else None,
             ),
+            Refilling(self._book, driver, self._holdings, self._filling, on_route_changed),
+            on_sessions,
             on_route_changed,
         )
         self.following = Following(
@@ -197,6 +200,11 @@ class Contexts:
         stored = [record for record in self._book.records.values() if not record.filling]
         return sum(len(self._holdings.under_replicated(record)) for record in stored)
 
+    @property
+    def reprefill_tokens(self) -> int:
+        """Positions whose KV this coordinator had computed again because no copy was left."""
+        return self.repairing.reprefill_tokens
+
     async def views(self) -> list[ContextView]:
         """Every context of the tenant with the progress of its index, newest first."""
         own = [r for r in self._book.records.values() if r.identity.tenant == self.tenant]
@@ -220,6 +228,13 @@ class Contexts:
         if record.state is ContextState.UNAVAILABLE:
             raise Unavailable(
                 f"context {context_id}: {record.error}",
+                reason="CONTEXT_UNAVAILABLE",
+                retry_after_s=2.0,
+            )
+        if record.state is ContextState.REPAIRING:
+            raise Unavailable(
+                f"context {context_id}: KV that no node has any more is being computed again, "
+                f"{record.prefill_fraction:.0%} done",
                 reason="CONTEXT_UNAVAILABLE",
                 retry_after_s=2.0,
             )

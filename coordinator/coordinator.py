@@ -61,7 +61,8 @@ class ClusterStatus:
     """Members and load at `now` (monotonic seconds, the clock of Member.seen_at).
 
     `segments_under_replicated` counts shards, of all contexts, of which fewer copies can be
-    reached than are wanted.
+    reached than are wanted; `reprefill_tokens` positions that were computed again because no copy
+    was left.
     """
 
     members: tuple[Member, ...]
@@ -73,6 +74,7 @@ class ClusterStatus:
     models: tuple[str, ...]
     version: str
     segments_under_replicated: int
+    reprefill_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,7 @@ class Coordinator:
             models=tuple(sorted(self.models.served())),
             version=longreach.__version__,
             segments_under_replicated=self.contexts.segments_under_replicated,
+            reprefill_tokens=self.contexts.reprefill_tokens,
         )
 
     async def drain(self) -> None:

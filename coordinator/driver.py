@@ -59,8 +59,10 @@ class WorkerPeer(Peer, Protocol):
         identity: Identity,
         shard_map: ShardMap,
         capability: bytes,
+        shard_ids: Sequence[str] = (),
+        place_capability: bytes = b"",
     ) -> AsyncIterator[PrefillProgress]:
-        """Prefills a context; the last progress has a summary."""
+        """Prefills a context, or some shards of it; the last progress has a summary."""
 
     async def open_session(
         self,

@@ -184,7 +184,7 @@ class Filling:
         self._holdings.dropped(record.context_id)
 
     async def _prefill(self, fill: Fill, token_ids: tuple[int, ...]) -> None:
-        worker_id = self._choose_worker(fill.record.identity)
+        worker_id = self.choose_worker(fill.record.identity)
         self._prefills[worker_id] += 1
         try:
             async with self._prefill_turns.setdefault(worker_id, asyncio.Lock()):
@@ -225,8 +225,8 @@ class Filling:
             raise Unavailable(f"worker {worker_id} ended the prefill without a summary")
         return summary
 
-    def _choose_worker(self, identity: Identity) -> str:
-        """The worker with the fewest prefills among those that run the model."""
+    def choose_worker(self, identity: Identity) -> str:
+        """The worker with the fewest prefills of those that run the model; raises Unavailable."""
         wanted = without_tenant(identity)
         able = [
             member.member_id

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from coordinator.catalog.base import ContextRecord, ContextState
 from longreach.steps import ModelInfo
-from longreach.types import Identity, Shard, ShardInventory, ShardMap
+from longreach.types import Identity, Shard, ShardInventory, ShardMap, Span
 
 
 def without_tenant(identity: Identity) -> Identity:
@@ -200,7 +200,7 @@ def rebuild(
 ) -> ContextRecord | None:
     """The record of a context that only the nodes remember; None until it is whole.
 
-    It is whole when its shards cover every layer and KV head of the model over one span. Its name
+    It is whole when its shards cover every layer and KV head of the model over [0, n). Its name
     and tokens are not known to the nodes' inventories and stay empty.
     """
     items = [item for held in by_node.values() for item in held]
@@ -225,7 +225,7 @@ def rebuild(
         name="",
         identity=identity,
         state=ContextState.READY,
-        tokens=shards[0].span.stop,
+        tokens=max(shard.span.stop for shard in shards),
         kv_bytes=sum(sizes.values()),
         created_at=now,
         shard_map=ShardMap(shards, dict(addresses), "rebuilt", "found on the nodes"),
@@ -235,14 +235,21 @@ def rebuild(
 
 def _covers(shards: Collection[Shard], model: ModelInfo) -> bool:
     """Whether the shards are the model's layers and heads over [0, n), each exactly once."""
-    spans = {shard.span for shard in shards}
-    if len(spans) != 1 or next(iter(spans)).start != 0:
-        return False
-    cells = [
-        (number, head)
-        for shard in shards
-        for number in shard.layers
-        for head in range(shard.kv_head_start, shard.kv_head_stop)
-    ]
-    wanted = [(each.layer, head) for each in model.layers for head in range(each.kv_heads)]
-    return sorted(cells) == sorted(wanted)
+    spans: dict[tuple[int, int], list[Span]] = {}
+    for shard in shards:
+        for number in shard.layers:
+            for head in range(shard.kv_head_start, shard.kv_head_stop):
+                spans.setdefault((number, head), []).append(shard.span)
+    wanted = {(each.layer, head) for each in model.layers for head in range(each.kv_heads)}
+    stop = max((shard.span.stop for shard in shards), default=0)
+    return spans.keys() == wanted and all(_tiles(each, stop) for each in spans.values())
+
+
+def _tiles(spans: Iterable[Span], stop: int) -> bool:
+    """Whether spans follow each other from 0 to `stop`."""
+    reached = 0
+    for span in sorted(spans):
+        if span.start != reached:
+            return False
+        reached = span.stop
+    return reached == stop

@@ -22,11 +22,14 @@ from coordinator.context_book import ContextBook
 from coordinator.driver import Driver
 from coordinator.filling import Filling
 from coordinator.holdings import Holdings
+from coordinator.refilling import Refilling
 from coordinator.repairs import Copy, PlacementView
 from longreach.errors import FailedPrecondition, LongreachError
+from longreach.types import SessionInventory
 
 STEP_S = 1.0
 PAUSE_AFTER_FAILURE_S = 5.0
+ASK_SESSIONS_S = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -67,7 +70,8 @@ class _Running:
 
 
 class Repairing:
-    """Repairs, moves and drops. `on_route_changed` is told the context whose map has changed."""
+    """Repairs, moves and drops. `on_route_changed` is told the context whose map has changed,
+    `on_sessions` what is open on a node where shards are to be dropped."""
 
     def __init__(
         self,
@@ -77,6 +81,8 @@ class Repairing:
         held: Holdings,
         filling: Filling,
         limits: Limits,
+        refilling: Refilling,
+        on_sessions: Callable[[list[SessionInventory]], None],
         on_route_changed: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,14 +92,22 @@ class Repairing:
         self._holdings = held
         self._filling = filling
         self._limits = limits
+        self._refilling = refilling
+        self._on_sessions = on_sessions
         self._on_route_changed = on_route_changed
         self._clock = clock
         self._patient_until = clock() + limits.patience_s
         self._running: dict[tuple[str, str], _Running] = {}
         self._not_before: dict[tuple[str, str], float] = {}
         self._rest_until = 0.0
+        self._sessions_asked: dict[str, float] = {}
         self.copies_done = 0
         self.bytes_copied = 0
+
+    @property
+    def reprefill_tokens(self) -> int:
+        """Positions that were computed again."""
+        return self._refilling.reprefill_tokens
 
     async def run(self) -> None:
         """Repairs until cancelled."""
@@ -107,14 +121,15 @@ class Repairing:
     async def step(self) -> None:
         """Begins what is to be done now; does nothing unless this coordinator leads."""
         if not self._book.epoch():
-            await self.close()
-            return
+            return  # what is under way ends by itself; its outcome is fenced
         view, now = self.view(), self._clock()
         for record in self._stored():
             if not self._busy_with(record.context_id):
                 await self._change(record.context_id, lambda r: repairs.revised(r, view, now))
         for copy in repairs.repairs(self._stored(), self.view(), now):
             self._begin(copy)
+        for record, shards in repairs.lost(self._stored(), self.view(), now):
+            self._refilling.begin(record, shards, self.view())
         pause_s = self._limits.rebalance_pause_s
         if not self._running and pause_s is not None and now >= self._rest_until:
             for move in repairs.moves(self._stored(), self.view(), now):
@@ -123,7 +138,8 @@ class Repairing:
         await self._drop_surplus()
 
     async def close(self) -> None:
-        """Cancels every copy."""
+        """Cancels every copy and prefill."""
+        await self._refilling.close()
         tasks = [each.task for each in self._running.values() if each.task is not None]
         for task in tasks:
             task.cancel()
@@ -147,7 +163,10 @@ class Repairing:
     def evacuation(self, node_id: str) -> Evacuation:
         """How far a node that drains has been emptied."""
         records = self._stored()
-        left = repairs.remaining(records, node_id, self._holdings.holders)
+        if node_id in self._holdings.nodes():
+            left = repairs.remaining(records, node_id, self._holdings.holders)
+        else:  # not asked yet: whatever the maps place there may be there
+            left = repairs.remaining(records, node_id, lambda context_id, shard: (node_id,))
         view = dataclasses.replace(self.view(), busy=())
         possible = repairs.repairs(records, view, self._clock())
         revisable = any(
@@ -162,14 +181,16 @@ class Repairing:
             len(left),
             sum(repairs.shard_bytes(by_id[context_id], shard) for context_id, shard in left),
             member.report.node.sessions if member and member.report.node else 0,
-            stuck=bool(left) and not hopeful and bool(self._book.epoch()),
+            stuck=bool(left) and not hopeful and node_id in view.heard and bool(self._book.epoch()),
         )
 
     def _stored(self) -> list[ContextRecord]:
         return [
             record
             for record in self._book.records.values()
-            if record.context_id not in self._filling and not record.filling
+            if record.context_id not in self._filling
+            and record.context_id not in self._book.repairing
+            and not record.filling
         ]
 
     def _busy_with(self, context_id: str) -> bool:
@@ -244,8 +265,19 @@ class Repairing:
                     record.shard_map.epoch,
                 )
             except FailedPrecondition:
+                await self._report_sessions(drop.node_id)
                 continue  # a session is open there: later
             except LongreachError as error:
                 _log.info("shards of %s stay on %s: %s", drop.context_id, drop.node_id, error)
                 continue
             self._holdings.gave_up(drop.node_id, drop.context_id, drop.shard_ids)
+
+    async def _report_sessions(self, node_id: str) -> None:
+        """Tells which sessions are open on a node, so that those that have ended elsewhere, or
+        moved before they ended, are closed there too."""
+        if self._clock() < self._sessions_asked.get(node_id, 0.0):
+            return
+        self._sessions_asked[node_id] = self._clock() + ASK_SESSIONS_S
+        answer = await self._driver.inventory(node_id)
+        if answer is not None:
+            self._on_sessions(answer[1])

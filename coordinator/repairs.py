@@ -18,6 +18,7 @@ from coordinator.cluster import DEAD_AFTER_S, Member, MemberState
 from coordinator.holdings import rectangle
 from coordinator.placement.base import NodeView
 from coordinator.placement.replication import closeness, next_holder
+from longreach.errors import ResourceExhausted
 from longreach.types import Shard, ShardMap
 
 UNBALANCED = 0.15
@@ -153,6 +154,56 @@ def repairs(records: Iterable[ContextRecord], view: PlacementView, now: float) -
         load[target] += size
         wanted.append((copies.counted, Copy(record.context_id, shard, source, target)))
     return [copy for _, copy in sorted(wanted, key=lambda each: each[0])]
+
+
+def lost(
+    records: Iterable[ContextRecord], view: PlacementView, now: float
+) -> list[tuple[ContextRecord, tuple[Shard, ...]]]:
+    """Contexts with shards that no node has any more, nor may bring back, and these shards."""
+    found: dict[str, tuple[ContextRecord, list[Shard]]] = {}
+    for record, shard in _shards(records, view):
+        copies = _copies(record, shard, view, now)
+        if not (copies.here or copies.leaving or copies.away):
+            found.setdefault(record.context_id, (record, []))[1].append(shard)
+    return [(record, tuple(shards)) for record, shards in found.values()]
+
+
+def with_lost_placed(
+    record: ContextRecord, shards: Collection[Shard], view: PlacementView
+) -> ContextRecord:
+    """The record with new nodes for lost shards, as many as copies are wanted and there is room
+    for; raises ResourceExhausted where a shard fits nowhere."""
+    free = {node.node_id: node.free_bytes for node in view.nodes}
+    load = {node.node_id: -node.free_bytes for node in view.nodes}
+    names = {shard.shard_id for shard in shards}
+    placed_shards = []
+    for shard in record.shard_map.shards:
+        if shard.shard_id not in names:
+            placed_shards.append(shard)
+            continue
+        size = shard_bytes(record, shard)
+        holding = dataclasses.replace(shard, node_ids=())
+        for _ in range(record.replicas):
+            target = next_holder(holding, view.nodes, free, size, load)
+            if target is None:
+                break
+            holding = dataclasses.replace(holding, node_ids=(*holding.node_ids, target.node_id))
+            free[target.node_id] -= size
+            load[target.node_id] += size
+        if not holding.node_ids:
+            raise ResourceExhausted(
+                f"shard {shard.shard_id!r} of context {record.context_id} needs {size} bytes and "
+                f"the roomiest node has {max(free.values(), default=0)} free; add nodes or delete "
+                "contexts",
+                reason="NODE_MEMORY",
+            )
+        placed_shards.append(holding)
+    addresses = {node.node_id: node.address for node in view.nodes}
+    changed = with_shards(record, placed_shards, addresses)
+    if changed is record:  # on the same nodes as before, yet a new placement
+        shard_map = dataclasses.replace(record.shard_map, epoch=record.shard_map.epoch + 1)
+        changed = dataclasses.replace(record, shard_map=shard_map)
+    return changed
 
 
 def moves(records: Iterable[ContextRecord], view: PlacementView, now: float) -> list[Copy]:

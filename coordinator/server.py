@@ -180,6 +180,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             models=status.models,
             version=status.version,
             segments_under_replicated=status.segments_under_replicated,
+            reprefill_tokens=status.reprefill_tokens,
         )
 
 

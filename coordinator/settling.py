@@ -120,7 +120,7 @@ class Settling:
         await self._rebuild_unknown()
         for context_id in list(self._book.records):
             record = self._book.records.get(context_id)  # others work while the catalog writes
-            if record is None or context_id in self._filling:
+            if record is None or context_id in self._filling or context_id in self._book.repairing:
                 continue
             if self._book.abandoned(record):
                 settled = holdings.interrupted(record)

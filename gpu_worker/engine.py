@@ -117,6 +117,11 @@ class Engine:
             )
         check_tokens(token_ids, info.vocab_size)
         plan_route(to.shard_map, self.model.layers, len(token_ids))
+        if len(token_ids) != max(shard.span.stop for shard in to.shards):
+            raise InvalidRequest(
+                f"{len(token_ids)} token ids for shards that end at "
+                f"{max(shard.span.stop for shard in to.shards)}; send those up to there"
+            )
         sizer = ChunkSizer(
             self._config.prefill_chunk_tokens,
             shared_target_s=self._config.prefill_shared_chunk_ms / 1e3,

@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Protocol
 
 import torch
 
 from gpu_worker.chunking import ChunkSizer
+from gpu_worker.earlier import EarlierKv, LayerKv, ReadNode
 from gpu_worker.model import Model
 from gpu_worker.offload import Destination, Offload, PutNode
 from gpu_worker.patterns import Pattern
@@ -31,6 +33,10 @@ PROGRESS_S = 0.25
 _ROOM_S = 0.005
 
 
+class IngestNode(PutNode, ReadNode, Protocol):
+    """A node to store on and to read earlier KV from."""
+
+
 class Ingest:
     """Prefills one context and stores it; `run` once. `cancelled` may be set by any thread."""
 
@@ -43,7 +49,7 @@ class Ingest:
         sizer: ChunkSizer,
         cancelled: threading.Event,
         pattern: Pattern | None = None,
-        connect: Callable[[str], PutNode] = NodeClient,
+        connect: Callable[[str], IngestNode] = NodeClient,
     ) -> None:
         self._model = model
         self._device = device
@@ -101,12 +107,26 @@ class Ingest:
 
         self._check()
         offload.start()
+        earlier = None
+        if self._to.start:
+            earlier = EarlierKv(self._to, self._model.layers, self._to.start, self._connect)
         job = PrefillJob(
-            self._token_ids, self._model.layers, offload, self._sizer, point, self._pattern
+            self._token_ids,
+            self._model.layers,
+            offload,
+            self._sizer,
+            point,
+            self._pattern,
+            start=self._to.start,
+            earlier=None if earlier is None else self._reader(earlier),
         )
         started = time.perf_counter()
-        with _PeakMemory(self._model.device) as peak:
-            job.run(self._model.module, self._model.device)
+        try:
+            with _PeakMemory(self._model.device) as peak:
+                job.run(self._model.module, self._model.device)
+        finally:
+            if earlier is not None:
+                earlier.close()
         self._compute_s = time.perf_counter() - started
         self._peak_device_bytes = peak.bytes
         if job.pairs_visible:
@@ -118,13 +138,22 @@ class Ingest:
             )
         self._at = (len(self._model.layers), 0)
 
+    def _reader(self, earlier: EarlierKv) -> Callable[[int], LayerKv]:
+        """Takes a layer's earlier KV; other sessions' steps run while it is on its way."""
+
+        def meanwhile() -> None:
+            self._check()
+            self._device.run_pending()
+
+        return lambda layer: earlier.take(layer, meanwhile)
+
     def _check(self) -> None:
         if self._cancelled.is_set():
             raise Cancelled("the prefill was cancelled; what was stored is dropped")
 
     def _progress(self, summary: PrefillSummary | None = None) -> PrefillProgress:
         layer, tokens_done = self._at
-        layers, tokens = len(self._model.layers), len(self._token_ids)
+        layers, tokens = len(self._model.layers), len(self._token_ids) - self._to.start
         return PrefillProgress(
             layers_done=layer,
             layers_total=layers,

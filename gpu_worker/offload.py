@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from longreach.errors import Internal, LongreachError
+from longreach.errors import Internal, InvalidRequest, LongreachError
 from longreach.rpc.retrieval import NodeClient
 from longreach.types import (
     Identity,
@@ -61,18 +61,45 @@ class PutNode(Protocol):
     def drop(self, context_id: str, capability: bytes) -> int:
         """Forgets a context."""
 
+    def drop_shards(self, context_id: str, shard_ids: Sequence[str], capability: bytes) -> int:
+        """Forgets some shards of a context."""
+
     def close(self) -> None:
         """Ends the connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A context to be stored: what it is, where it goes and the leave to write it."""
+    """A context to be stored: what it is, where it goes and the leave to write it.
+
+    `only` names the shards to compute, where the others are stored already; then there is leave to
+    place the context too.
+    """
 
     context_id: str
     identity: Identity
     shard_map: ShardMap
     capability: bytes
+    only: frozenset[str] = frozenset()
+    place_capability: bytes = b""
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards to compute; raises InvalidRequest where a name is not in the map."""
+        if not self.only:
+            return self.shard_map.shards
+        found = tuple(shard for shard in self.shard_map.shards if shard.shard_id in self.only)
+        if len(found) != len(self.only):
+            raise InvalidRequest(
+                f"shards {sorted(self.only)} are to be computed; the map has "
+                f"{sorted(shard.shard_id for shard in self.shard_map.shards)}"
+            )
+        return found
+
+    @property
+    def start(self) -> int:
+        """The first position to compute."""
+        return min(shard.span.start for shard in self.shards)
 
 
 class _Room:
@@ -183,11 +210,11 @@ class Offload:
         self._layers = tuple(layers)
         self._room = _Room(max_queued_bytes)
         addresses = to.shard_map.addresses
-        used = sorted({node_id for shard in to.shard_map.shards for node_id in shard.node_ids})
+        used = sorted({node_id for shard in to.shards for node_id in shard.node_ids})
         self._clients = {node_id: connect(addresses[node_id]) for node_id in used}
         self._streams = [
             _PutStream(to, shard, self._clients[node_id], layers, self._room)
-            for shard in to.shard_map.shards
+            for shard in to.shards
             for node_id in shard.node_ids
         ]
         self.offloaded_bytes = 0
@@ -264,7 +291,12 @@ class Offload:
             stream.abandon()
         for node_id, client in self._clients.items():
             try:
-                client.drop(self._to.context_id, self._to.capability)
+                if self._to.only:
+                    client.drop_shards(
+                        self._to.context_id, sorted(self._to.only), self._to.place_capability
+                    )
+                else:
+                    client.drop(self._to.context_id, self._to.capability)
             except LongreachError as error:
                 log.warning("node %s did not drop %s: %s", node_id, self._to.context_id, error)
 

@@ -24,7 +24,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gpu_worker.arrays import to_array
+from gpu_worker.arrays import to_array, to_tensor
 from gpu_worker.attention import LayerCall, Partial, apply_sinks, causal_attention, mark
 from gpu_worker.chunking import MIN_CHUNK_TOKENS, ChunkSizer, sample_positions
 from gpu_worker.patterns import Pattern, attend_chunk
@@ -65,6 +65,9 @@ class PrefillJob:
     pairs of the layers that it served; their ratio is the density that was really run. `calls`:
     what each layer asked of its attention, once it ran. `query_positions` ascending: whose queries
     are kept; None for a sample that serves indexes.
+
+    With a `start` only the tokens from there on are computed; `earlier(layer)` gives the keys
+    [kv_heads, start, head_dim] and values of those before, layers ascending.
     """
 
     def __init__(
@@ -76,9 +79,13 @@ class PrefillJob:
         point: Point = lambda layer, tokens_done: False,
         pattern: Pattern | None = None,
         query_positions: IntArray | None = None,
+        start: int = 0,
+        earlier: Callable[[int], tuple[StorageArray, StorageArray]] | None = None,
     ) -> None:
         self.token_ids = token_ids
         self.tokens = len(token_ids)
+        self.start = start
+        self.earlier = earlier
         self.layers = tuple(layers)
         self.sink = sink
         self.sizer = sizer
@@ -87,16 +94,15 @@ class PrefillJob:
         self.pairs_attended = 0
         self.pairs_visible = 0
         self.calls: dict[int, LayerCall] = {}
-        self._positions = (
-            sample_positions(self.tokens) if query_positions is None else query_positions
-        )
+        positions = sample_positions(self.tokens) if query_positions is None else query_positions
+        self._positions = positions[positions >= start]
         self._sampled: list[StorageArray] = []
         self._buffers: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def run(self, model: torch.nn.Module, device: torch.device) -> torch.Tensor:
         """Runs the whole prefill; returns the logits [vocab] after the last token."""
-        ids = torch.tensor([list(self.token_ids)], device=device)
-        positions = torch.arange(self.tokens, device=device)[None]
+        ids = torch.tensor([list(self.token_ids[self.start :])], device=device)
+        positions = torch.arange(self.start, self.tokens, device=device)[None]
         with torch.inference_mode():
             output = model(
                 input_ids=ids,
@@ -167,7 +173,7 @@ class _PrefillLayer(CacheLayerMixin):  # type: ignore[misc]
     def begin(self, sweep: int) -> None:
         """Starts over at the first chunk; KV is taken by the first sweep, attended by the last."""
         self._sweep = sweep
-        self._start = self._stop = 0
+        self._start = self._stop = self._job.start
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes the buffer that the layer before has finished with."""
@@ -183,6 +189,10 @@ class _PrefillLayer(CacheLayerMixin):  # type: ignore[misc]
         self._start, self._stop = self._stop, self._stop + key_states.shape[2]
         if self._sweep > 0:
             return mark(key_states, self), value_states
+        if self._start == self._job.start and self._job.earlier is not None:
+            keys, values = self._job.earlier(self._layer)
+            self.keys[:, : self._start] = to_tensor(keys, self.keys.device)
+            self.values[:, : self._start] = to_tensor(values, self.values.device)
         chunk = slice(self._start, self._stop)
         self.keys[:, chunk] = key_states[0]
         self.values[:, chunk] = value_states[0]
@@ -297,13 +307,13 @@ def _run_chunks(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """One sweep of a decoder layer over the whole prompt, into `hidden` in place."""
-    start = 0
+    """One sweep of a decoder layer over the prompt from the job's start, into `hidden` in place."""
+    start, tokens = 0, job.tokens - job.start
     # The last layer's output is needed from its last chunk only: that one is short.
-    last_start = (job.tokens - 1) // MIN_CHUNK_TOKENS * MIN_CHUNK_TOKENS
-    while start < job.tokens:
+    last_start = (tokens - 1) // MIN_CHUNK_TOKENS * MIN_CHUNK_TOKENS
+    while start < tokens:
         shared = job.point(layer, start)
-        stop = min(start + job.sizer.next_tokens(shared), job.tokens)
+        stop = min(start + job.sizer.next_tokens(shared), tokens)
         if layer == len(job.layers) - 1 and start < last_start:
             stop = min(stop, last_start)
         chunk = slice(start, stop)
@@ -311,8 +321,8 @@ def _run_chunks(
         try:
             output = inner(
                 hidden[:, chunk],
-                *(_cut(x, chunk, job.tokens) for x in args),
-                **{name: _cut(x, chunk, job.tokens) for name, x in kwargs.items()},
+                *(_cut(x, chunk, tokens) for x in args),
+                **{name: _cut(x, chunk, tokens) for name, x in kwargs.items()},
             )
             hidden[:, chunk] = output[0] if isinstance(output, tuple) else output
         except _ChunkTaken:

@@ -52,6 +52,8 @@ class WorkerServer(WorkerServiceServicer):
             wire.identity_from_proto(request.identity),
             wire.shard_map_from_proto(request.shard_map),
             request.capability,
+            frozenset(request.shard_ids),
+            request.place_capability,
         )
         for progress in self._engine.prefill(to, tuple(request.token_ids), cancelled):
             yield wire.prefill_progress_to_proto(progress)

@@ -37,7 +37,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
 POLICY = Policy(
     {
         SERVICE_NAME: frozenset({Role.WORKER, Role.COORDINATOR}),
-        f"{SERVICE_NAME}/ReadShard": frozenset({Role.NODE}),
+        f"{SERVICE_NAME}/ReadShard": frozenset({Role.NODE, Role.WORKER}),
         f"{SERVICE_NAME}/Copy": frozenset({Role.COORDINATOR}),
     }
 )

@@ -215,11 +215,15 @@ class Store:
         """Forgets some shards of a context, which are elsewhere now; returns the bytes freed.
 
         Raises PermissionDenied, StaleEpoch when decided on an older map, and FailedPrecondition
-        while a session over the context is open here: it may be reading them.
+        while one of them serves and a session over the context is open here: it may be reading it.
         """
         allowed = self._allow("place", context_id, capability)
         self._fences.pass_or_raise(context_id, allowed.epoch)
-        if open_here := self._sessions.inventory(context_id):
+        serves = {
+            item.shard.shard_id for item in self._contexts.inventory(context_id) if item.sealed
+        }
+        open_here = self._sessions.inventory(context_id)
+        if open_here and serves.intersection(shard_ids):
             raise FailedPrecondition(
                 f"{len(open_here)} sessions over context {context_id!r} are open on this node; "
                 "drop its shards when they have ended",

@@ -132,10 +132,16 @@ def bytes_by_node(context: ContextToPlace, shards: Iterable[Shard]) -> dict[str,
     """Bytes of K and V that a map puts on each node."""
     by_number = {layer.layer: layer for layer in context.layers}
     total: dict[str, int] = {}
-    for shard in shards:
+    given = tuple(shards)
+    end = max((shard.span.stop for shard in given), default=0)
+    for shard in given:
+        if len(context.span):
+            tokens = len(shard.span)
+        else:  # a tail goes where the last positions are
+            tokens = context.room_tokens if shard.span.stop == end else 0
         token = sum(context.token_bytes(by_number[n], shard.kv_heads) for n in shard.layers)
         for node_id in shard.node_ids:
-            total[node_id] = total.get(node_id, 0) + token * context.room_tokens
+            total[node_id] = total.get(node_id, 0) + token * tokens
     return total
 
 

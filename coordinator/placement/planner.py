@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from coordinator.placement import head_group, layer, round_robin
+from coordinator.placement import head_group, layer, round_robin, span
 from coordinator.placement.base import (
     POLICIES,
     ClusterView,
@@ -31,7 +31,7 @@ CANDIDATES = ("layer", "head_group")
 # millisecond on a fast network and a 100k-token context; the message is the cheaper one.
 MESSAGE_WAVES = 0.25
 
-_REGISTERED = (head_group, layer, round_robin)  # importing a policy registers it
+_REGISTERED = (head_group, layer, round_robin, span)  # importing a policy registers it
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +115,27 @@ def _one_copy(
         plans.append((estimate(context, view, candidate), candidate))
     if not plans:
         assert too_big is not None
-        raise too_big
+        in_runs = _in_runs(context, view, index_reserve)
+        if in_runs is None:
+            raise too_big
+        return in_runs
     plans.sort(key=lambda plan: (plan[0].cost, plan[0].imbalance))
     return dataclasses.replace(plans[0][1], reason=_reason(plans))
+
+
+def _in_runs(context: ContextToPlace, view: ClusterView, index_reserve: float) -> ShardMap | None:
+    """The context in as few runs of positions as fit; None where none do."""
+    runs = 2
+    while len(context.span) and runs <= span.MOST_RUNS:
+        candidate = span.plan_runs(context, view, runs)
+        try:
+            check_room(context, candidate, view, index_reserve)
+        except ResourceExhausted:
+            runs *= 2
+            continue
+        reason = f"span: {candidate.reason}; no other placement fits"
+        return dataclasses.replace(candidate, reason=reason)
+    return None
 
 
 def _reason(plans: list[tuple[Estimate, ShardMap]]) -> str:

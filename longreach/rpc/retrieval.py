@@ -244,6 +244,14 @@ class NodeClient:
         return self._stub.Drop(request, timeout=self._timeout_s).bytes_freed
 
     @_raises_longreach_errors
+    def drop_shards(self, context_id: str, shard_ids: Sequence[str], capability: bytes) -> int:
+        """Forgets some shards of a context; returns the bytes freed."""
+        request = pb.DropRequest(
+            context_id=context_id, capability=capability, shard_ids=list(shard_ids)
+        )
+        return self._stub.Drop(request, timeout=self._timeout_s).bytes_freed
+
+    @_raises_longreach_errors
     def inventory(
         self, context_id: str = ""
     ) -> tuple[list[ShardInventory], list[SessionInventory]]:

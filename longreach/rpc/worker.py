@@ -58,8 +58,12 @@ class WorkerClient:
         identity: Identity,
         shard_map: ShardMap,
         capability: bytes,
+        shard_ids: Sequence[str] = (),
+        place_capability: bytes = b"",
     ) -> AsyncIterator[PrefillProgress]:
         """Prefills a context and offloads its KV; yields progress, the last with a summary.
+
+        With `shard_ids` only those shards of a stored context; `token_ids` ends where they do.
 
         Closing the iterator (or cancelling the task in it) cancels the prefill on the worker.
         """
@@ -70,6 +74,8 @@ class WorkerClient:
                 identity=wire.identity_to_proto(identity),
                 shard_map=wire.shard_map_to_proto(shard_map),
                 capability=capability,
+                shard_ids=list(shard_ids),
+                place_capability=place_capability,
             )
         )
         try:

@@ -290,6 +290,7 @@ def status_from_proto(message: pb.GetStatusResponse) -> models.Status:
         models=tuple(message.models),
         version=message.version,
         segments_under_replicated=message.segments_under_replicated,
+        reprefill_tokens=message.reprefill_tokens,
     )
 
 

@@ -155,7 +155,8 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Status:
     """The cluster as its coordinator sees it. `segments_under_replicated`: shards, of all contexts,
-    of which fewer copies are within reach than are wanted."""
+    of which fewer copies are within reach than are wanted. `reprefill_tokens`: positions computed
+    again because no copy was left."""
 
     members: tuple[Member, ...]
     epoch: int
@@ -165,3 +166,4 @@ class Status:
     models: tuple[str, ...] = field(default=())
     version: str = ""
     segments_under_replicated: int = 0
+    reprefill_tokens: int = 0

@@ -900,6 +900,7 @@ class GetStatusResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SEGMENTS_UNDER_REPLICATED_FIELD_NUMBER: _builtins.int
+    REPREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Membership epoch."""
     contexts: _builtins.int
@@ -912,6 +913,8 @@ class GetStatusResponse(_message.Message):
     """Version of the coordinator."""
     segments_under_replicated: _builtins.int
     """Shards, of all contexts, of which fewer copies are within reach than are wanted."""
+    reprefill_tokens: _builtins.int
+    """Positions whose KV this coordinator had computed again because no copy was left."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """Members."""
@@ -931,10 +934,11 @@ class GetStatusResponse(_message.Message):
         models: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
         segments_under_replicated: _builtins.int = ...,
+        reprefill_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contexts", b"contexts", "epoch", b"epoch", "members", b"members", "models", b"models", "running", b"running", "segments_under_replicated", b"segments_under_replicated", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contexts", b"contexts", "epoch", b"epoch", "members", b"members", "models", b"models", "reprefill_tokens", b"reprefill_tokens", "running", b"running", "segments_under_replicated", b"segments_under_replicated", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1027,8 +1027,8 @@ class DropRequest(_message.Message):
     """Capability to write the context; with `shard_ids`, to place it."""
     @_builtins.property
     def shard_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Only these shards; empty for the whole context. Refused with FAILED_PRECONDITION while a session
-        over the context is open on the node.
+        """Only these shards; empty for the whole context. Refused with FAILED_PRECONDITION while one of
+        them serves and a session over the context is open on the node.
         """
 
     def __init__(

@@ -175,7 +175,8 @@ class RetrievalServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReadShard(self, request, context):
-        """Reads a sealed shard with all that a copy of it needs. For nodes.
+        """Reads a sealed shard with all that a copy of it needs. For nodes, and for workers that compute
+        a lost span again after what is stored before it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

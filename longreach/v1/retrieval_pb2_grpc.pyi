@@ -61,7 +61,9 @@ class RetrievalServiceStub:
     there in part goes on where it stopped. Bandwidth is limited at both ends.
     """
     ReadShard: _grpc.UnaryStreamMultiCallable[_retrieval_pb2.ReadShardRequest, _retrieval_pb2.ReadShardResponse]
-    """Reads a sealed shard with all that a copy of it needs. For nodes."""
+    """Reads a sealed shard with all that a copy of it needs. For nodes, and for workers that compute
+    a lost span again after what is stored before it.
+    """
     Drop: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.DropRequest, _retrieval_pb2.DropResponse]
     """Forgets a context, sealed or not; sessions on it end. Or only some shards of it, which are held
     elsewhere now.
@@ -104,7 +106,9 @@ class RetrievalServiceAsyncStub(RetrievalServiceStub):
     there in part goes on where it stopped. Bandwidth is limited at both ends.
     """
     ReadShard: _aio.UnaryStreamMultiCallable[_retrieval_pb2.ReadShardRequest, _retrieval_pb2.ReadShardResponse]  # type: ignore[assignment]
-    """Reads a sealed shard with all that a copy of it needs. For nodes."""
+    """Reads a sealed shard with all that a copy of it needs. For nodes, and for workers that compute
+    a lost span again after what is stored before it.
+    """
     Drop: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.DropRequest, _retrieval_pb2.DropResponse]  # type: ignore[assignment]
     """Forgets a context, sealed or not; sessions on it end. Or only some shards of it, which are held
     elsewhere now.
@@ -204,7 +208,9 @@ class RetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _retrieval_pb2.ReadShardRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_retrieval_pb2.ReadShardResponse], _abc.AsyncIterator[_retrieval_pb2.ReadShardResponse]]:
-        """Reads a sealed shard with all that a copy of it needs. For nodes."""
+        """Reads a sealed shard with all that a copy of it needs. For nodes, and for workers that compute
+        a lost span again after what is stored before it.
+        """
 
     @_abc_1.abstractmethod
     def Drop(

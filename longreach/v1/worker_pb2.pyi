@@ -30,10 +30,14 @@ class PrefillRequest(_message.Message):
     IDENTITY_FIELD_NUMBER: _builtins.int
     SHARD_MAP_FIELD_NUMBER: _builtins.int
     CAPABILITY_FIELD_NUMBER: _builtins.int
+    SHARD_IDS_FIELD_NUMBER: _builtins.int
+    PLACE_CAPABILITY_FIELD_NUMBER: _builtins.int
     context_id: _builtins.str
     """Context to fill."""
     capability: _builtins.bytes
     """Capability to write the context."""
+    place_capability: _builtins.bytes
+    """Capability to place the context; with `shard_ids`."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids of the context."""
@@ -46,6 +50,12 @@ class PrefillRequest(_message.Message):
     def shard_map(self) -> _common_pb2.ShardMap:
         """Where KV goes."""
 
+    @_builtins.property
+    def shard_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Compute only these shards of a stored context, which were lost; empty for all. Positions before
+        the first of them are read back from the nodes, and `token_ids` ends where the last one does.
+        """
+
     def __init__(
         self,
         *,
@@ -54,10 +64,12 @@ class PrefillRequest(_message.Message):
         identity: _common_pb2.Identity | None = ...,
         shard_map: _common_pb2.ShardMap | None = ...,
         capability: _builtins.bytes = ...,
+        shard_ids: _abc.Iterable[_builtins.str] | None = ...,
+        place_capability: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "shard_map", b"shard_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "context_id", b"context_id", "identity", b"identity", "shard_map", b"shard_map", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "context_id", b"context_id", "identity", b"identity", "place_capability", b"place_capability", "shard_ids", b"shard_ids", "shard_map", b"shard_map", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

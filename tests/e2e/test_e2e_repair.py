@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -160,3 +162,32 @@ def answers(client: Client, context: str, expected: list[int]) -> bool:
         return ask(client, context) == expected
     except LongreachError:
         return False
+
+
+@pytest.mark.parametrize(("placement", "part"), [("span", 1 / 3), ("layer", 1)])
+def test_what_no_node_has_any_more_is_computed_again_from_the_tokens(
+    cluster: LocalCluster, placement: str, part: float
+) -> None:
+    tokens = 1152
+    with cluster.client(timeout_s=60) as client:
+        plain = client.contexts.create(tokens=ids(tokens, 7), placement="layer", replicas=1)
+        expected = ask(client, plain.id)
+        client.contexts.delete(plain)
+        made = client.contexts.create(tokens=ids(tokens, 7), placement=placement, replicas=1)
+        assert made.shard_map.policy == placement
+        assert ask(client, made.id) == expected
+        holding = Counter(shard.node_ids[0] for shard in made.shard_map.shards)
+        victim = min(holding, key=holding.__getitem__)
+        assert holding[victim] == 1
+
+        # Its memory and its disk are lost; the others keep what they have.
+        cluster.process(victim).kill()
+        shutil.rmtree(cluster.data_dir / "snapshots" / victim)
+        cluster.restart(victim)
+        eventually(lambda: client.status().reprefill_tokens > 0, timeout_s=60)
+        eventually(lambda: client.contexts.get(made.id).state == "ready")
+        assert client.status().reprefill_tokens == round(tokens * part)
+        assert ask(client, made.id) == expected
+        now = client.contexts.get(made.id)
+        assert now.shard_map.epoch > made.shard_map.epoch
+        assert now.shards_under_replicated == 0

@@ -19,10 +19,10 @@ VIEW = ClusterView(tuple(NodeView(f"n{i}", f"a:{i}", 4, 1 << 30) for i in range(
 
 
 def _record(policy="layer", state=ContextState.READY, context_id="ctx-1"):
-    to_place = ContextToPlace(context_id, Span(0, 100), MODEL.layers, 4, 100)
+    to_place = ContextToPlace(context_id, Span(0, 500), MODEL.layers, 4, 500)
     shard_map = place(to_place, VIEW, policy)
     return ContextRecord(
-        context_id, "", IDENTITY, state, 100, to_place.room_bytes, 1.0, shard_map, 1.0
+        context_id, "", IDENTITY, state, 500, to_place.room_bytes, 1.0, shard_map, 1.0
     )
 
 
@@ -126,7 +126,7 @@ def test_a_node_drops_deleted_contexts_and_interrupted_prefills_but_no_copy_of_a
     }
 
 
-@pytest.mark.parametrize("policy", ["layer", "head_group", "round_robin"])
+@pytest.mark.parametrize("policy", ["layer", "head_group", "round_robin", "span"])
 def test_a_catalog_rebuilt_from_inventories_equals_the_catalog(policy):
     record = _record(policy)
     unknown = _reported(record).unknown(known=())
@@ -163,3 +163,12 @@ def test_a_context_that_is_not_whole_is_not_rebuilt():
         rebuild("ctx-1", whole, {}, [model_info(revision="other", identity=IDENTITY)], 1.0) is None
     )
     assert rebuild("ctx-1", whole, {}, [], 1.0) is None
+
+
+def test_a_context_in_runs_is_whole_only_with_every_run():
+    record = _record("span")
+    assert len({shard.span for shard in record.shard_map.shards}) == 2
+    holdings = _reported(record)
+    holdings.lost("n1")
+    unknown = holdings.unknown(known=())
+    assert rebuild("ctx-1", unknown["ctx-1"], {}, [MODEL], 1.0) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import given, settings
@@ -60,17 +60,17 @@ def test_every_layer_head_and_position_is_placed_exactly_once(policy, shape, nod
     )
     context = _context(layers, tokens, name)
     shard_map = place(context, _view(nodes, free=1 << 50), policy)
-    cells = Counter(
-        (layer, head, shard.span)
-        for shard in shard_map.shards
-        for layer in shard.layers
-        for head in range(shard.kv_head_start, shard.kv_head_stop)
-    )
-    wanted = {
-        (layer.layer, head, Span(0, tokens)) for layer in layers for head in range(layer.kv_heads)
-    }
-    assert set(cells) == wanted
-    assert set(cells.values()) == {1}
+    cells = defaultdict(list)
+    for shard in shard_map.shards:
+        for layer in shard.layers:
+            for head in range(shard.kv_head_start, shard.kv_head_stop):
+                cells[layer, head].append(shard.span)
+    assert set(cells) == {(each.layer, head) for each in layers for head in range(each.kv_heads)}
+    for spans in cells.values():
+        edges = [0, *(edge for span in sorted(spans) for edge in (span.start, span.stop)), tokens]
+        assert edges[::2] == edges[1::2]  # each begins where the one before ends
+        if policy != "span":
+            assert len(spans) == 1
     assert len({shard.shard_id for shard in shard_map.shards}) == len(shard_map.shards)
     by_number = {layer.layer: layer for layer in layers}
     for shard in shard_map.shards:
@@ -191,3 +191,41 @@ def test_a_cluster_without_nodes_says_how_to_get_one():
 def test_an_unknown_policy_lists_the_known_ones():
     with pytest.raises(InvalidRequest, match="head_group, layer, round_robin"):
         place(_context(_layers(2)), _view(1), "best")
+
+
+def test_runs_of_positions_are_chosen_where_nothing_else_fits_and_lie_on_one_node_each():
+    layers = _layers(2)
+    context = _context(layers, tokens=4096)
+    # A layer does not fit on a node, nor does half of its heads on each of two.
+    nodes = tuple(
+        NodeView(f"n{i}", f"a:{i}", 16, int(context.room_bytes * share))
+        for i, share in enumerate((0.45, 0.24, 0.2, 0.24))
+    )
+    view = ClusterView(nodes)
+    for name in ("layer", "head_group"):
+        with pytest.raises(ResourceExhausted):
+            place(context, view, name)
+    shard_map = place(context, view)
+    assert shard_map.policy == "span"
+    assert "no other placement fits" in shard_map.reason
+    for node_id, stored in bytes_by_node(context, shard_map.shards).items():
+        assert stored <= next(n.free_bytes for n in nodes if n.node_id == node_id)
+    assert all(shard.span.start % 128 == 0 for shard in shard_map.shards)
+
+    # With room, a run is on one node whole, so that the node's loss is that of one run.
+    roomy = place(context, _view(4), "span")
+    assert len(roomy.shards) == len({shard.span for shard in roomy.shards}) == 4
+    assert len({shard.node_ids for shard in roomy.shards}) == 4
+
+    with pytest.raises(ResourceExhausted):
+        place(context, _view(3, free=context.room_bytes // 4))
+
+
+def test_a_tail_over_a_context_in_runs_needs_room_where_the_last_run_is():
+    context = _context(_layers(2), tokens=4096)
+    in_runs = place(context, _view(2), "span")
+    tail = ContextToPlace("ctx-a", Span(0, 0), context.layers, 2, 100)
+    last = max(in_runs.shards, key=lambda shard: shard.span.stop)
+    stored = bytes_by_node(tail, in_runs.shards)
+    assert {node for node, size in stored.items() if size} == set(last.node_ids)
+    assert sum(stored.values()) == tail.room_bytes

@@ -13,13 +13,16 @@ from coordinator.cluster import Cluster, Drain, Heartbeat, Leave, Tick
 from coordinator.placement.base import NodeView
 from coordinator.repairs import (
     PlacementView,
+    lost,
     moves,
     placed,
     remaining,
     repairs,
     revised,
     surplus,
+    with_lost_placed,
 )
+from longreach.errors import ResourceExhausted
 from longreach.types import Shard, ShardMap, Span
 
 GRACE_S = 20.0
@@ -234,3 +237,20 @@ def test_what_is_left_on_a_node_is_what_maps_place_there_and_it_holds():
     )
     left = remaining(records, "n0", lambda context, shard: holders[shard.shard_id])
     assert [(context, shard.shard_id) for context, shard in left] == [("c0", "s0")]
+
+
+def test_what_nobody_has_or_may_bring_back_is_lost_and_gets_new_nodes_under_a_new_epoch():
+    shards = ["s0 2: n0 n1 |", "s1 2: n0 n1 | n1"]
+    waiting, view, _ = world("n0 dead 25; n1 alive; n2 alive 100; n3 alive", shards)
+    assert lost(waiting, view, NOW) == []
+    records, view, _ = world("n0 dead 40; n1 alive 300; n2 alive 100; n3 alive", shards)
+    ((record, missing),) = lost(records, view, NOW)
+    assert [shard.shard_id for shard in missing] == ["s0"]
+    after = with_lost_placed(record, missing, view)
+    assert after.shard_map.shards[0].node_ids == ("n3", "n2")
+    assert after.shard_map.addresses == {"n2": "n2:1", "n3": "n3:1"}
+    assert after.shard_map.epoch == record.shard_map.epoch + 1
+    full, view, _ = world("n0 dead 40; n1 alive 950", ["s0 2: n0 n1 |"])
+    ((record, missing),) = lost(full, view, NOW)
+    with pytest.raises(ResourceExhausted, match="100 bytes"):
+        with_lost_placed(record, missing, view)

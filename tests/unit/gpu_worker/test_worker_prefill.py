@@ -198,3 +198,41 @@ def test_a_sparse_prefill_sends_each_layer_once_and_counts_its_density(name: str
         assert [sum(k.shape[1] for k in sink.keys[layer]) for layer in range(3)] == [900] * 3
         assert 0 < job.pairs_attended < job.pairs_visible
     assert_logits_equal(results[128], results[1024])
+
+
+@pytest.mark.parametrize("pattern", [None, "a_shape", "vertical_slash"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_span_computed_again_after_stored_kv_is_what_it_was(
+    family: str, pattern: str | None
+) -> None:
+    model = random_model(family)
+    chosen = None if pattern is None else PATTERNS[pattern]()
+    whole = KeepingSink()
+    job = PrefillJob(TOKENS, model.layers, whole, FixedChunks(128), pattern=chosen)
+    logits = job.run(model.module, model.device)
+    keys = {layer: np.concatenate(parts, 1) for layer, parts in whole.keys.items()}
+    values = {layer: np.concatenate(parts, 1) for layer, parts in whole.values.items()}
+    asked: list[int] = []
+
+    def earlier(layer: int) -> tuple[StorageArray, StorageArray]:
+        asked.append(layer)
+        return keys[layer][:, :128], values[layer][:, :128]
+
+    again = KeepingSink()
+    job = PrefillJob(
+        TOKENS, model.layers, again, FixedChunks(128), pattern=chosen, start=128, earlier=earlier
+    )
+    assert_logits_equal(job.run(model.module, model.device), logits)
+    assert asked == list(range(len(model.layers)))
+    for layer in range(len(model.layers)):
+        assert again.starts[0] == (0, 128)
+        np.testing.assert_allclose(
+            np.concatenate(again.keys[layer], 1), keys[layer][:, 128:], atol=2e-5
+        )
+        np.testing.assert_allclose(
+            np.concatenate(again.values[layer], 1), values[layer][:, 128:], atol=2e-5
+        )
+        if layer in again.queries:
+            assert again.positions[layer].min() >= 128
+            at = whole.positions[layer] >= 128
+            np.testing.assert_allclose(again.queries[layer], whole.queries[layer][:, at], atol=2e-5)
