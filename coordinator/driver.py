@@ -76,7 +76,7 @@ class WorkerPeer(Peer, Protocol):
         """Makes a session ready; returns (next position, resident bytes)."""
 
     async def close_session(self, session_id: str, close_on_nodes: bool, epoch: int = 0) -> bool:
-        """Ends a session, unless it is open under a newer epoch."""
+        """Ends a session, unless it is open under a newer epoch; whether it is open nowhere now."""
 
     async def step(self, rows: Sequence[StepRow]) -> StepOutcome:
         """Runs one decode step."""

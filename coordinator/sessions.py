@@ -485,12 +485,11 @@ def _drain(
 async def _closed(worker: WorkerPeer, session_id: str, epoch: int, on_nodes: bool) -> bool:
     """Closes a session on its worker and, when asked, on its nodes.
 
-    Whether the worker answered: it may be gone, and then the nodes still have the session.
+    Whether all of them said so: where one is gone or silent, it may be open there still.
     """
     try:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await worker.close_session(session_id, on_nodes, epoch)
+            return await worker.close_session(session_id, on_nodes, epoch)
     except (LongreachError, TimeoutError) as error:
         _log.warning("session %s was not closed on its worker: %r", session_id, error)
         return False
-    return True

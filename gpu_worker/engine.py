@@ -171,7 +171,7 @@ class Engine:
 
     def close_session(self, session_id: str, close_on_nodes: bool, epoch: int = 0) -> bool:
         """Ends a session here and, when asked, on its nodes, unless it is open under a newer epoch
-        than a given one; whether it was open."""
+        than a given one; whether it was open and is so nowhere now that was to be closed."""
 
         def forget() -> NodeSession | None:
             session = self._decoder.sessions.get(session_id)
@@ -180,9 +180,9 @@ class Engine:
             return self._forget(session_id)
 
         nodes = self._device.call(forget).result()
-        if nodes is not None and close_on_nodes:
-            self._opener.close(nodes)
-        return nodes is not None
+        if nodes is None:
+            return False
+        return self._opener.close(nodes) if close_on_nodes else True
 
     def step(self, rows: Sequence[StepRow]) -> StepOutcome:
         """Feeds rows of many sessions in one forward pass; failures are in the results."""

@@ -161,13 +161,19 @@ class Opener:
         if all(stop == record.context_stop for stop in stops.values()):
             self.close(nodes)
 
-    def close(self, nodes: NodeSession) -> None:
-        """Ends the session on its nodes; one that does not answer forgets it by itself."""
+    def close(self, nodes: NodeSession) -> bool:
+        """Ends the session on its nodes; whether it is known to be open on none of them.
+
+        A node that did not answer when the session was opened may have opened it all the same.
+        """
+        closed = nodes.handles.keys() >= nodes.route.addresses.keys()
         for node_id, handle in nodes.handles.items():
             try:
                 self.node(nodes.route.addresses[node_id]).close_session(handle)
             except LongreachError as error:
                 log.warning("session was not closed on node %s: %s", node_id, error)
+                closed = False
+        return closed
 
     def disconnect(self) -> None:
         """Ends every connection."""

@@ -78,10 +78,10 @@ class WorkerServer(WorkerServiceServicer):
         self, request: pb.WorkerServiceCloseSessionRequest, context: grpc.ServicerContext
     ) -> pb.WorkerServiceCloseSessionResponse:
         """Ends a session here and, when asked, on its nodes."""
-        was_open = self._engine.close_session(
+        closed = self._engine.close_session(
             request.session_id, request.close_on_nodes, request.epoch
         )
-        return pb.WorkerServiceCloseSessionResponse(was_open=was_open)
+        return pb.WorkerServiceCloseSessionResponse(closed=closed)
 
     @map_errors
     def Step(  # noqa: N802

@@ -114,12 +114,13 @@ class WorkerClient:
         self, session_id: str, close_on_nodes: bool = True, epoch: int = 0
     ) -> bool:
         """Ends a session on the worker and, when asked, on its nodes, unless it is open under a
-        newer epoch than a given one; whether it was open."""
+        newer epoch than a given one; whether it was open and is so nowhere now that was to be
+        closed."""
         request = pb.WorkerServiceCloseSessionRequest(
             session_id=session_id, close_on_nodes=close_on_nodes, epoch=epoch
         )
         try:
-            return (await self._stub.CloseSession(request, timeout=self._timeout_s)).was_open
+            return (await self._stub.CloseSession(request, timeout=self._timeout_s)).closed
         except grpc.RpcError as error:
             raise error_from_rpc(error, peer=self.address) from None
 

@@ -293,17 +293,19 @@ class WorkerServiceCloseSessionResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WAS_OPEN_FIELD_NUMBER: _builtins.int
-    was_open: _builtins.bool
-    """Whether the session was open here."""
+    CLOSED_FIELD_NUMBER: _builtins.int
+    closed: _builtins.bool
+    """Whether the session was open here and is open no more, on the nodes neither when those were to
+    be closed. False where a node did not answer.
+    """
     def __init__(
         self,
         *,
-        was_open: _builtins.bool = ...,
+        closed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_open", b"was_open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

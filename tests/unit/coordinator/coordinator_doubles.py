@@ -174,6 +174,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     opened: list[str] = field(default_factory=list)
     records: list[SessionRecord] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+    closes_nodes: bool = True
     steps: list[list[StepRow]] = field(default_factory=list)
     prefills: int = 0
     cancelled_prefills: int = 0
@@ -252,7 +253,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     def CloseSession(self, request: Any, context: Any) -> Any:
         self.closed.append(request.session_id)
         was_open = self.sessions.pop(request.session_id, None) is not None
-        return worker_pb2.WorkerServiceCloseSessionResponse(was_open=was_open)
+        return worker_pb2.WorkerServiceCloseSessionResponse(closed=was_open and self.closes_nodes)
 
     @map_errors
     def Step(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:

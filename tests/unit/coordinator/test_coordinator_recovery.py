@@ -277,6 +277,19 @@ async def test_the_nodes_of_a_killed_worker_s_sessions_are_told_to_close_them(wo
     worker.step_gate.set()
 
 
+async def test_a_node_that_did_not_close_a_session_is_told_by_id(world, monkeypatch):
+    monkeypatch.setattr("coordinator.coordinator.TICK_S", 0.02)
+    worker, node = world.workers["worker-0"], world.nodes["node-0"]
+    worker.closes_nodes = False
+    worker.step_gate.clear()
+    running = asyncio.create_task(world.generate([4], max_tokens=5))
+    await eventually(lambda: worker.steps)
+    node.session_ids.extend(worker.opened)
+    worker.step_gate.set()
+    assert (await running).token_ids == answer([4], 5)
+    await eventually(lambda: not node.session_ids)
+
+
 async def test_a_failed_index_is_part_of_the_context(world):
     world.nodes["node-1"].index_error = "layer 3: no memory"
     context = await world.context(TOKENS)

@@ -69,7 +69,7 @@ class Worker(WorkerServiceServicer):
     @map_errors
     async def CloseSession(self, request, context):
         self.asked = request
-        return pb.WorkerServiceCloseSessionResponse(was_open=request.session_id == "s-1")
+        return pb.WorkerServiceCloseSessionResponse(closed=request.session_id == "s-1")
 
     @map_errors
     async def Step(self, request_iterator, context):
