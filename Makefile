@@ -73,10 +73,16 @@ proto-check: install ## Fail when the committed stubs differ from proto/.
 test-containers: install ## Build the images and run docker-compose.yml for real (needs Docker, root).
 	bash tests/deploy/containers.sh
 
+.PHONY: chaos
+MINUTES ?= 1
+SEED ?= 7
+chaos: install ## Random faults on a cluster of real processes under load (MINUTES=1 SEED=7); writes chaos-report.json.
+	$(BIN)/python -m tests.scenarios.chaos --minutes $(MINUTES) --seed $(SEED) --report chaos-report.json
+
 .PHONY: bench
 bench: install ## Run every benchmark in full and write docs/benchmarks/*.json with plots.
 	$(BIN)/python -m benchmarks --output docs/benchmarks $(BENCH_FLAGS)
 
 .PHONY: clean
 clean: ## Remove build products and the local cluster's data; .venv stays.
-	rm -rf build dist .longreach run-report.json
+	rm -rf build dist .longreach run-report.json chaos-report.json

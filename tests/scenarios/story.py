@@ -10,6 +10,7 @@ Every story ends with the step `the end` (`steps.py`), which checks everything t
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +43,14 @@ class Story:
         try:
             for words in (*self.steps, END):
                 action, arguments = find(words)
+                began = time.monotonic()
                 try:
                     action(stage, **arguments)
                 except Exception as error:
+                    print(f"FAILED  {words}: {error}", flush=True)
                     raise StoryFailed(f"{self.title} / {words}: {error}") from error
+                # pytest shows it with -s, and with what failed.
+                print(f"{time.monotonic() - began:6.2f} s  {words}", flush=True)
         finally:
             if stage.load is not None:
                 stage.load.abandon()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.scenarios.stage import Scene
+from tests.scenarios.conftest import Stagehand
 from tests.scenarios.story import STORIES, Story, parse
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -13,5 +13,6 @@ _STORIES = parse(STORIES.read_text())
 
 
 @pytest.mark.parametrize("story", _STORIES, ids=lambda story: story.slug)
-def test_story(story: Story, scene: Scene) -> None:
-    story.play(scene)
+def test_story(story: Story, stagehand: Stagehand) -> None:
+    with stagehand.scene() as scene:
+        story.play(scene)
