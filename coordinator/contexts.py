@@ -127,6 +127,7 @@ class Contexts:
             self._sweeper,
             on_sessions=on_sessions,
             catch_up=lambda: self.following.follow(),
+            replicas=config.replicas,
         )
         pause_s = config.rebalance_pause_s
         self.repairing = Repairing(

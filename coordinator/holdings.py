@@ -197,8 +197,12 @@ def rebuild(
     addresses: Mapping[str, str],
     models: Iterable[ModelInfo],
     now: float,
+    replicas: int = 1,
 ) -> ContextRecord | None:
     """The record of a context that only the nodes remember; None until it is whole.
+
+    As many copies are wanted as there were when it was stored, and `replicas` at least: those that
+    are known now may be fewer only because a node has not registered yet.
 
     It is whole when its shards cover every layer and KV head of the model over [0, n). Its name
     and tokens are not known to the nodes' inventories and stay empty.
@@ -230,6 +234,7 @@ def rebuild(
         created_at=now,
         shard_map=ShardMap(shards, dict(addresses), "rebuilt", "found on the nodes"),
         prefill_fraction=1.0,
+        replicas=max(replicas, *(len(item.shard.node_ids) for item in items)),
     )
 
 

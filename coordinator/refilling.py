@@ -87,6 +87,9 @@ class Refilling:
                 return
             _log.info("context %s: computing positions %s again", context_id, lost)
             await self._prefill(repairing, shards, token_ids[: lost.stop])
+            if context_id not in self._book.records:  # deleted meanwhile
+                await self._driver.drop(context_id, record.identity.tenant, placed.node_ids)
+                return
             self.reprefill_tokens += len(lost)
             self._take(repairing, shards)
             await self._settled(context_id, ContextState.READY, "")

@@ -222,6 +222,9 @@ class Repairing:
         except Exception:
             _log.exception("%s failed", copy)
             return
+        if copy.context_id not in self._book.records:  # deleted meanwhile, where it was known
+            await self._driver.drop(copy.context_id, record.identity.tenant, [copy.target])
+            return
         self.copies_done += 1
         self.bytes_copied += running.bytes_copied
         self._holdings.copied(copy.target, copy.context_id, copy.shard)

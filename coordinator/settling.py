@@ -44,8 +44,8 @@ class Settling:
     """Reacts to membership for every context that is not being stored.
 
     `on_sessions` is told which sessions a node has open; `catch_up` takes what other coordinators
-    did and says whether it could. Every coordinator decides states for itself; the leader alone
-    writes them, rebuilds and sweeps.
+    did and says whether it could; contexts found on nodes want `replicas` copies at least. Every
+    coordinator decides states for itself; the leader alone writes them, rebuilds and sweeps.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Settling:
         sweeper: Sweeper,
         on_sessions: Callable[[list[SessionInventory]], None],
         catch_up: Callable[[], Awaitable[bool]],
+        replicas: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._book = book
@@ -70,6 +71,7 @@ class Settling:
         self._sweeper = sweeper
         self._on_sessions = on_sessions
         self._catch_up = catch_up
+        self._replicas = replicas
         self._clock = clock
         self._patient_until = clock() + PATIENCE_S
         self._changed = asyncio.Event()
@@ -188,7 +190,12 @@ class Settling:
                 if (member := self._cluster.member(name)) is not None
             }
             record = holdings.rebuild(
-                context_id, by_node, addresses, self._models.served().values(), time.time()
+                context_id,
+                by_node,
+                addresses,
+                self._models.served().values(),
+                time.time(),
+                self._replicas,
             )
             if record is not None:
                 _log.info("context %s was found on %s", context_id, ", ".join(sorted(by_node)))

@@ -149,3 +149,41 @@ def can_create(client: Client, seed: int) -> bool:
         return client.contexts.create(tokens=ids(300, seed)).state == "ready"
     except Unavailable:
         return False
+
+
+def test_the_other_coordinator_repairs_when_the_leader_dies_with_a_node(
+    tiny_model: Callable[[str], Path], tmp_path: Path, valkey: ValkeyServer
+) -> None:
+    with LocalCluster(
+        tiny_model("llama"),
+        nodes=3,
+        coordinators=2,
+        data_dir=tmp_path,
+        worker_flags=WORKER_FLAGS,
+        coordinator_flags={
+            "catalog": f"redis://127.0.0.1:{valkey.port}/0",
+            "repair_grace_s": 0,
+            "rebalance_pause_s": -1,
+        },
+        tls=True,
+    ) as cluster:
+        with cluster.client(timeout_s=60) as one:
+            made = one.contexts.create(tokens=ids(500, 21), name="kept")
+            expected = ask(one, made.id)
+        with cluster.client("coordinator-1", timeout_s=60) as two:
+            cluster.process("coordinator").kill()
+            cluster.process("node-2").kill()
+            eventually(lambda: two.status().segments_under_replicated > 0)
+            eventually(lambda: two.status().segments_under_replicated == 0, timeout_s=60)
+            now = two.contexts.get(made.id)
+            assert all(set(s.node_ids) == {"node-0", "node-1"} for s in now.shard_map.shards)
+            assert ask(two, made.id) == expected
+
+            # The first one comes back and follows: the map, its epoch, the name.
+            cluster.restart("coordinator")
+            with cluster.client(timeout_s=60) as one:
+                eventually(lambda: state(one, made.id) == "ready" and bool(one.status().models))
+                again = one.contexts.get(made.id)
+                assert again.shard_map.shards == now.shard_map.shards
+                assert (again.shard_map.epoch, again.name) == (now.shard_map.epoch, "kept")
+                assert ask(one, made.id) == expected

@@ -172,3 +172,15 @@ def test_a_context_in_runs_is_whole_only_with_every_run():
     holdings.lost("n1")
     unknown = holdings.unknown(known=())
     assert rebuild("ctx-1", unknown["ctx-1"], {}, [MODEL], 1.0) is None
+
+
+def test_a_rebuilt_context_wants_the_copies_it_had_though_not_all_nodes_are_there_yet():
+    to_place = ContextToPlace("ctx-1", Span(0, 500), MODEL.layers, 4, 500)
+    shard_map = place(to_place, VIEW, "layer", replicas=2)
+    record = dataclasses.replace(_record(), shard_map=shard_map, replicas=2)
+    found = rebuild("ctx-1", {"n0": _inventory(record, "n0")}, {}, [MODEL], 1.0)
+    assert found.replicas == 2
+    assert all(shard.node_ids == ("n0",) for shard in found.shard_map.shards)
+    one = _record("head_group")
+    by_node = {name: _inventory(one, name) for name in one.node_ids}
+    assert rebuild("ctx-1", by_node, {}, [MODEL], 1.0, replicas=2).replicas == 2
