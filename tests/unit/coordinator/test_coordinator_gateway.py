@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import ssl
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,17 @@ import pytest
 import tokenizers
 from conftest import World, eventually, new_world, running_world
 from coordinator_doubles import answer, model_info
+from cryptography import x509
 from tokenizers import decoders, models, pre_tokenizers
 
+from coordinator.config import CoordinatorConfig
 from coordinator.gateway.chat import ChatTemplate
 from coordinator.gateway.openai_requests import Message, WrongField
+from coordinator.server import CoordinatorServer
 from longreach.errors import FailedPrecondition
+from longreach.security.authority import Authority
+from longreach.security.peers import PeerIdentity, Role
+from longreach.security.tls import member_files
 from longreach.v1 import generation_pb2 as pb
 
 TEMPLATE = (
@@ -356,6 +363,53 @@ async def test_keys_guard_grpc_too_and_are_read_again_when_they_change(
     async with asyncio.timeout(5):
         while not await only_the_new_key_is_known():
             await asyncio.sleep(0.05)
+
+
+async def test_with_tls_it_is_https_with_the_certificate_that_the_files_hold(
+    tmp_path: Path,
+) -> None:
+    authority = Authority.create(tmp_path / "pki")
+    files = authority.issue(PeerIdentity(Role.COORDINATOR, "coordinator-0"))
+    config = CoordinatorConfig(
+        listen="127.0.0.1:0",
+        http_listen="127.0.0.1:0",
+        cluster_secret="s",
+        tls_cert=str(files.certificate),
+        tls_key=str(files.key),
+        tls_ca=str(files.ca),
+    )
+    server = CoordinatorServer(config, member_files(config, Role.COORDINATOR))
+    await server.start()
+    assert server.gateway is not None
+    trusted = ssl.create_default_context(cafile=str(files.ca))
+    name = "coordinator.longreach.internal"
+    url = f"https://{server.gateway.address}/health"
+
+    async def serial() -> int:
+        """Of a new connection, over which the API answers."""
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(url, ssl=trusted, server_hostname=name) as reply,
+        ):
+            assert (reply.status, await reply.json()) == (503, {"ready": False})
+        host, _, port = server.gateway.address.rpartition(":")  # type: ignore[union-attr]
+        _, writer = await asyncio.open_connection(
+            host, int(port), ssl=trusted, server_hostname=name
+        )
+        raw = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.close()
+        return x509.load_der_x509_certificate(raw).serial_number
+
+    before = await serial()
+    assert await serial() == before
+    authority.issue(PeerIdentity(Role.COORDINATOR, "coordinator-0"))
+    async with asyncio.timeout(10):
+        while await serial() == before:
+            await asyncio.sleep(0.1)
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(aiohttp.ClientError):
+            await session.get(url.replace("https", "http"))
+    await server.stop()
 
 
 # Chat templates.
