@@ -98,6 +98,8 @@ def test_a_node_may_die_and_the_catalog_outlives_the_coordinator(services: dict[
     assert valkey["healthcheck"]["test"] == ["CMD", "valkey-cli", "ping"]
     assert coordinator["depends_on"] == {"valkey": {"condition": "service_healthy"}}
     assert valkey["read_only"] is True
+    # Protected mode refuses other containers where there is no password.
+    assert " ".join(valkey["command"]).endswith("--protected-mode no")
     assert [each.partition(":")[2] for each in valkey["volumes"]] == ["/data"]
 
 
