@@ -9,6 +9,7 @@ dropped there when no session over the context is open on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -100,6 +101,7 @@ class Repairing:
         self._running: dict[tuple[str, str], _Running] = {}
         self._not_before: dict[tuple[str, str], float] = {}
         self._rest_until = 0.0
+        self._copied = asyncio.Event()
         self._sessions_asked: dict[str, float] = {}
         self.copies_done = 0
         self.bytes_copied = 0
@@ -110,9 +112,13 @@ class Repairing:
         return self._refilling.reprefill_tokens
 
     async def run(self) -> None:
-        """Repairs until cancelled."""
+        """Repairs until cancelled: once a second, and at once when a copy has made room for the
+        next."""
         while True:
-            await asyncio.sleep(STEP_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STEP_S):
+                    await self._copied.wait()
+            self._copied.clear()
             try:
                 await self.step()
             except LongreachError as error:
@@ -202,7 +208,11 @@ class Repairing:
             return
         running = self._running[key] = _Running(copy)
         running.task = asyncio.create_task(self._copy(running))
-        running.task.add_done_callback(lambda _: self._running.pop(key, None))
+        running.task.add_done_callback(lambda _: self._ended(key))
+
+    def _ended(self, key: tuple[str, str]) -> None:
+        self._running.pop(key, None)
+        self._copied.set()
 
     async def _copy(self, running: _Running) -> None:
         copy = running.copy

@@ -191,3 +191,42 @@ def test_what_no_node_has_any_more_is_computed_again_from_the_tokens(
         now = client.contexts.get(made.id)
         assert now.shard_map.epoch > made.shard_map.epoch
         assert now.shards_under_replicated == 0
+
+
+def test_an_empty_node_is_filled_by_moves_under_load(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    kv_bytes = 400 * 3 * 2 * 2 * 16 * 4  # tokens, layers, heads, K and V, dims, fp32
+    with (
+        LocalCluster(
+            tiny_model("llama"),
+            nodes=3,
+            data_dir=tmp_path,
+            worker_flags=WORKER_FLAGS,
+            node_flags={"memory_limit_bytes": 6 * kv_bytes},
+            coordinator_flags={"rebalance_pause_s": 0.5, "replicas": 1},
+            tls=True,
+        ) as cluster,
+        cluster.client(timeout_s=60) as client,
+        cluster.client(timeout_s=60) as loader,
+    ):
+        made = [client.contexts.create(tokens=ids(400, seed)) for seed in range(6)]
+        assert made[0].kv_bytes == kv_bytes
+        expected = {context.id: ask(client, context.id) for context in made}
+        with Load(loader, expected) as load:
+            assert cluster.process("node-0").stop(grace_s=30) == 0
+            assert not any("node-0" in set().union(*holders(client, c.id)) for c in made)
+            cluster.restart("node-0")
+            # Shares of used memory end up within 15% of the limit of each other.
+            eventually(lambda: spread(client) < 0.15 * 6 * kv_bytes, timeout_s=60)
+        assert load.problems == []
+        assert any("node-0" in set().union(*holders(client, c.id)) for c in made)
+
+
+def spread(client: Client) -> int:
+    """The bytes between the fullest and the emptiest node; all of them where one is away."""
+    nodes = [each for each in client.status().members if each.kind == "node"]
+    if len(nodes) < 3 or any(each.state != "alive" for each in nodes):
+        return 1 << 60
+    used = [each.used_bytes for each in nodes]
+    return max(used) - min(used)
