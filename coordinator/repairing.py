@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from coordinator import repairs
 from coordinator.catalog.base import Conflict, ContextRecord
-from coordinator.cluster import Cluster
+from coordinator.cluster import DEAD_AFTER_S, Cluster
 from coordinator.context_book import ContextBook
 from coordinator.driver import Driver
 from coordinator.filling import Filling
@@ -39,13 +39,12 @@ class Limits:
     """How much is repaired at once.
 
     `copies` run at a time. `grace_s`: how long a node may be dead before its shards are copied
-    elsewhere. `patience_s`: how long after the start nodes may take to register. Moves that even
+    elsewhere, and may take to register after this coordinator's start. Moves that even
     out memory are `rebalance_pause_s` apart; None for no such moves.
     """
 
     copies: int = 2
     grace_s: float = 20.0
-    patience_s: float = 15.0
     rebalance_pause_s: float | None = 10.0
 
 
@@ -97,7 +96,7 @@ class Repairing:
         self._on_sessions = on_sessions
         self._on_route_changed = on_route_changed
         self._clock = clock
-        self._patient_until = clock() + limits.patience_s
+        self._patient_until = clock() + DEAD_AFTER_S + limits.grace_s
         self._running: dict[tuple[str, str], _Running] = {}
         self._not_before: dict[tuple[str, str], float] = {}
         self._rest_until = 0.0
@@ -123,6 +122,8 @@ class Repairing:
                 await self.step()
             except LongreachError as error:
                 _log.warning("repairs are put off: %s", error)
+            except Exception:  # the next step sees the world anew; without one nothing is repaired
+                _log.exception("a step of the repairs failed")
 
     async def step(self) -> None:
         """Begins what is to be done now; does nothing unless this coordinator leads."""
