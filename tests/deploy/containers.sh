@@ -74,6 +74,7 @@ need_valkey() {
 FROM $BASE
 RUN apt-get update && apt-get install --yes --no-install-recommends redis-server
 RUN ln -s redis-server /usr/bin/valkey-server && ln -s redis-cli /usr/bin/valkey-cli
+RUN install --directory --owner=999 --group=1000 /data
 END
 }
 
