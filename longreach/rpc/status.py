@@ -21,6 +21,10 @@ ERROR_DOMAIN = "longreach"
 # What grpc.aio says when it writes to a connection that has just broken.
 _WRITE_FAILED_DETAILS = "Internal error from Core"
 
+# How the details of UNKNOWN begin when a connection ends, damaged for instance, under a call that
+# has not got its status yet. No peer sends it.
+_STREAM_REMOVED_DETAILS = "Stream removed"
+
 # What gRPC says when TLS fails, and what that means here.
 _TLS_HINTS = {
     "Hostname Verification Check failed": " (the certificate there does not name the member that "
@@ -68,7 +72,7 @@ def error_from_rpc(error: grpc.RpcError, *, peer: str = "") -> LongreachError:
         where = f"{peer}: " if peer else ""
         hint = next((h for sign, h in _TLS_HINTS.items() if sign in details), "")
         message = f"{where}{details or error.code().name}{hint}"
-        if code == Unavailable.code:
+        if code == Unavailable.code or details.startswith(_STREAM_REMOVED_DETAILS):
             return ConnectionLost(message)
         return error_for(code, error.code().name, message)
     reason, retry_after_s = error.code().name, None

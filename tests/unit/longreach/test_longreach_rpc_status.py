@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from longreach import errors
-from longreach.errors import Internal, LongreachError, NotFound
+from longreach.errors import ConnectionLost, Internal, LongreachError, NotFound
 from longreach.rpc.channels import aio_channel, server_options, sync_channel
 from longreach.rpc.health import serve_health, serve_health_async
 from longreach.rpc.status import error_from_rpc, map_errors
@@ -232,3 +232,22 @@ def test_a_port_that_is_taken_is_an_error_and_never_shared():
 
 def test_an_rpc_error_without_a_status_is_internal():
     assert type(error_from_rpc(grpc.RpcError("odd"))) is Internal
+
+
+@pytest.mark.parametrize(
+    ("details", "kind"),
+    [
+        (
+            "Stream removed (Secure read failed (Unwrap failed (TSI_DATA_CORRUPTED)))",
+            ConnectionLost,
+        ),
+        ("Exception calling application: Stream removed", LongreachError),
+    ],
+)
+def test_a_connection_that_ends_under_a_call_is_lost_whatever_grpc_calls_it(details, kind):
+    unknown = grpc.aio.AioRpcError(
+        grpc.StatusCode.UNKNOWN, grpc.aio.Metadata(), grpc.aio.Metadata(), details
+    )
+    error = error_from_rpc(unknown, peer="host:1")
+    assert type(error) is kind
+    assert error.message == f"host:1: {details}"
