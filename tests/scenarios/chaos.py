@@ -131,6 +131,8 @@ def report(
         "machine": {
             "cores": len(os.sched_getaffinity(0)),
             "processor": _processor(),
+            # Others' work on the machine lengthens every recovery.
+            "load_average": [round(load, 1) for load in os.getloadavg()],
             "python": platform.python_version(),
         },
         "commit": _commit(),

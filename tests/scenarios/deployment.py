@@ -60,7 +60,8 @@ _FLAGS: dict[Role, dict[str, object]] = {
         "prefill_pattern": "dense",
         "threads": 1,
     },
-    Role.NODE: {"memory_limit_bytes": 256 << 20, "attend_threads": 1, "build_threads": 1},
+    # Little, so that what is stored is a share of it that is worth moving.
+    Role.NODE: {"memory_limit_bytes": 12 << 20, "attend_threads": 1, "build_threads": 1},
 }
 
 

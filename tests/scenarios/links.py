@@ -66,7 +66,8 @@ class Links:
 
         async def serve() -> str:
             async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                await self._carry(callee, reader, writer)
+                with contextlib.suppress(asyncio.CancelledError):  # The links are closing.
+                    await self._carry(callee, reader, writer)
 
             server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=_CHUNK_BYTES)
             self._servers.append(server)

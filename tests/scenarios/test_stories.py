@@ -7,7 +7,8 @@ import pytest
 from tests.scenarios.conftest import Stagehand
 from tests.scenarios.story import STORIES, Story, parse
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+# A busy machine starts processes slowly, and some stories restart many.
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 _STORIES = parse(STORIES.read_text())
 
