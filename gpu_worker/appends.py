@@ -23,6 +23,8 @@ from longreach.types import AppendEntry, KvBlock, LayerGeometry, Shard, Span, St
 
 RESEND_AFTER_S = 0.2
 """Pause before what a node failed to take is sent again."""
+LEAVE_BEHIND_S = 1.0
+"""How long a step waits for a node's acknowledgements where another node takes the same."""
 
 LayerKv = Sequence[tuple[StorageArray, StorageArray]]
 """Keys [kv_heads, n, head_dim] and values of every layer, for the same positions."""
@@ -137,28 +139,31 @@ class Appends:
         """Waits until every node of the tail has the positions below `stop`.
 
         What nodes failed to take up to `length` is sent again, read from the resident window. A
-        node that is late is left behind where another one holds the same. Raises the node's error
-        when it can never take it, Unavailable when the time runs out.
+        node that is a second late is left behind where another one holds the same. Raises the
+        node's error when it can never take it, Unavailable when the time runs out.
         """
         deadline = time.monotonic() + timeout_s
+        leave_at = min(deadline, time.monotonic() + LEAVE_BEHIND_S)
         while True:
             self._resend(session_id, length, window)
             with self._changed:
                 self._changed.wait_for(
                     lambda: self._acknowledged(session_id) >= stop or self._failed(session_id),
-                    deadline - time.monotonic(),
+                    leave_at - time.monotonic(),
                 )
                 acknowledged = self._acknowledged(session_id)
                 if acknowledged >= stop:
                     return
-                late = time.monotonic() >= deadline
+                late = time.monotonic() >= leave_at
                 if late and not self._leave_behind(session_id, stop):
-                    raise Unavailable(
-                        f"the nodes of session {session_id!r} acknowledged its tokens up to "
-                        f"{acknowledged}, the step needs {stop}; nothing is lost, try again",
-                        reason="TAIL_NOT_STORED",
-                        retry_after_s=1.0,
-                    )
+                    if time.monotonic() >= deadline:
+                        raise Unavailable(
+                            f"the nodes of session {session_id!r} acknowledged its tokens up to "
+                            f"{acknowledged}, the step needs {stop}; nothing is lost, try again",
+                            reason="TAIL_NOT_STORED",
+                            retry_after_s=1.0,
+                        )
+                    leave_at = deadline  # They are the last that have it: worth all the patience.
                 if not late:
                     self._changed.wait(RESEND_AFTER_S)
 

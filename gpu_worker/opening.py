@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 OPEN_S = 1.0
 """Longest that opening a session on a node may take where another one holds the same."""
 OPEN_ALONE_S = 5.0
+CLOSE_S = 1.0
+"""Longest that closing a session on a node may take; whoever keeps count of open sessions closes it
+later on a node that did not answer."""
 READ_S = 10.0
 """Longest that reading a run of positions may take."""
 COPY_S = 30.0
@@ -80,7 +83,7 @@ class SessionNode(Protocol):
     def append(self, entries: Iterable[AppendEntry], timeout_s: float | None = None) -> int:
         """Stores KV of a session's tail; returns one past the last position held."""
 
-    def close_session(self, handle: int) -> int:
+    def close_session(self, handle: int, timeout_s: float | None = None) -> int:
         """Ends a session."""
 
     def close(self) -> None:
@@ -166,10 +169,15 @@ class Opener:
 
         A node that did not answer when the session was opened may have opened it all the same.
         """
+
+        def close_on(node_id: str, handle: int) -> int:
+            return self.node(nodes.route.addresses[node_id]).close_session(handle, CLOSE_S)
+
         closed = nodes.handles.keys() >= nodes.route.addresses.keys()
-        for node_id, handle in nodes.handles.items():
+        asked = {n: self._pool.submit(close_on, n, handle) for n, handle in nodes.handles.items()}
+        for node_id, answer in asked.items():
             try:
-                self.node(nodes.route.addresses[node_id]).close_session(handle)
+                answer.result()
             except LongreachError as error:
                 log.warning("session was not closed on node %s: %s", node_id, error)
                 closed = False

@@ -158,10 +158,10 @@ class NodeClient:
         return response.handle, response.stop
 
     @_raises_longreach_errors
-    def close_session(self, handle: int) -> int:
+    def close_session(self, handle: int, timeout_s: float | None = None) -> int:
         """Ends a session; returns the bytes of tail freed."""
         request = pb.CloseSessionRequest(handle=handle)
-        return self._stub.CloseSession(request, timeout=self._timeout_s).bytes_freed
+        return self._stub.CloseSession(request, timeout=timeout_s or self._timeout_s).bytes_freed
 
     @_raises_longreach_errors
     def append(self, entries: Iterable[AppendEntry], timeout_s: float | None = None) -> int:

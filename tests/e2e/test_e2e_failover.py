@@ -198,3 +198,70 @@ def test_a_coordinator_killed_or_frozen_in_mid_stream_is_replaced_by_another(
             # The other coordinator took over what the nodes had of the session.
             assert stream.summary.recomputed_tokens == 0
         wait_until(lambda: sessions(other) == 0, "closing the session")
+
+
+def test_a_generation_outlives_both_its_nodes_one_after_the_other(
+    cluster: LocalCluster, client: Client
+) -> None:
+    tokens = 3000
+    context = client.contexts.create(tokens=random_ids(700, VOCAB, 5)).id
+    whole = expected(client, context, max_tokens=tokens)
+    stream = start(client, context, max_tokens=tokens)
+    got = [next(stream).id for _ in range(60)]
+    cluster.process("node-0").kill()
+    got += [next(stream).id for _ in range(100)]
+    cluster.restart("node-0")
+    # The node comes back without the session's tail; it is opened there again, with a copy.
+    wait_until(lambda: node_sessions(client)["node-0"] == 1, "opening the session on it again")
+    time.sleep(1.0)
+    assert len(got) + 200 < tokens
+    cluster.process("node-1").kill()
+    got += [token.id for token in stream]
+    assert got == whole
+    assert stream.summary.coverage == 1.0
+    cluster.restart("node-1")
+    wait_until(lambda: sessions(client) == 0, "closing the session")
+
+
+def test_a_frozen_node_holds_nobody_up(cluster: LocalCluster, client: Client) -> None:
+    context = client.contexts.create(tokens=random_ids(700, VOCAB, 6)).id
+    whole = expected(client, context, max_tokens=600)
+    stream = start(client, context, max_tokens=600)
+    got = [next(stream).id for _ in range(60)]
+    node = cluster.process("node-0")
+    node.send_signal(signal.SIGSTOP)
+    longest = 0.0
+    try:
+        for _ in range(300):
+            asked = time.monotonic()
+            got.append(next(stream).id)
+            longest = max(longest, time.monotonic() - asked)
+    finally:
+        node.send_signal(signal.SIGCONT)
+    got += [token.id for token in stream]
+    assert got == whole
+    # Time belongs in benchmarks; this bound is the ladder's, not a speed.
+    assert longest < 4.0
+    print(f"longest gap between tokens: {longest:.2f} s")
+    wait_until(lambda: sessions(client) == 0, "closing the session")
+
+
+def test_a_worker_that_is_told_to_stop_hands_its_generation_over(
+    cluster: LocalCluster, client: Client
+) -> None:
+    context = client.contexts.create(tokens=random_ids(700, VOCAB, 7)).id
+    whole = expected(client, context, max_tokens=1000)
+    stream = start(client, context, max_tokens=1000)
+    got = [next(stream).id for _ in range(60)]
+    worker = busy_worker(client)
+    cluster.process(worker).stop()
+    got += [token.id for token in stream]
+    assert got == whole
+    assert (stream.summary.failovers, stream.summary.recomputed_tokens) in {(1, 0), (1, 1)}
+    assert stream.summary.worker_id != worker
+    cluster.restart(worker)
+    wait_until(lambda: sessions(client) == 0, "closing the session")
+
+
+def node_sessions(client: Client) -> dict[str, int]:
+    return {m.id: m.sessions for m in client.status().members if m.kind == "node"}
