@@ -18,7 +18,12 @@ run: install ## Start a local cluster, store a long document, answer questions o
 
 .PHONY: test
 test: install ## Run the tests (PYTEST_FLAGS=... are passed on).
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/scenarios $(PYTEST_FLAGS)
+	$(if $(PYTEST_FLAGS),,$(MAKE) scenarios)
+
+.PHONY: scenarios
+scenarios: install ## Run the scenario suite alone: whole clusters under faults want the CPUs to themselves.
+	$(BIN)/python -m pytest -v tests/scenarios
 
 .PHONY: lint
 lint: install ## Style, types, protocol lint, breaking changes and stub drift.
