@@ -114,6 +114,8 @@ class Adaptive(Pattern):
         Query blocks from number `dense_from` choose none.
         """
         group, rows, _ = q.shape
+        working = working_dtype(q)
+        q, k = q.to(working), k.to(working)
         low = self._sink_blocks * KEY_BLOCK
         tall_q = pool_blocks(q, self.tall_pool).to(q.dtype)
         tall_logits = (tall_q.flatten(0, 1) @ k.T).unflatten(0, (group, -1))
@@ -144,6 +146,17 @@ class Adaptive(Pattern):
         if len(found) <= self.max_keys:
             return found
         return shares.topk(self.max_keys).indices.sort().values
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which x is scored: fp32 on a CPU without AVX-512, elsewhere x's own.
+
+    Such a CPU has no instruction for products of 16-bit floats: torch converts in every product,
+    and the selection then takes several times as long as in fp32.
+    """
+    if x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return torch.float32
+    return x.dtype
 
 
 def _runs(begin: int, end: int, pool: int) -> slice:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.patterns import PATTERNS, attend_chunk
+from gpu_worker.patterns.adaptive import working_dtype
 from gpu_worker.patterns.base import KEY_BLOCK, Pattern
 from gpu_worker.patterns.reference import attend_reference, selection_mask
 from gpu_worker.patterns.spec import canonical, parse_pattern
@@ -191,6 +192,26 @@ def test_adaptive_spends_nothing_on_a_head_that_looks_nearby() -> None:
     truth = (q[0] @ k[0].T * 0.125).masked_fill(torch.ones(2048, 2048).triu(1) > 0, -torch.inf)
     assert float(truth.softmax(-1)[1024:, :512].sum(-1).mean()) < 0.01
     assert int((selection.columns[0, 8:] >= 0).sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "bits16"),
+    [("DEFAULT", torch.float32), ("AVX2", torch.float32), ("AVX512", torch.bfloat16)],
+)
+def test_a_cpu_without_products_of_16_bit_floats_scores_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, capability: str, bits16: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    torch.manual_seed(8)
+    q, k = (torch.randn(2, 320, 64).bfloat16() for _ in range(2))
+    assert working_dtype(q) == bits16
+    assert working_dtype(q.float()) == torch.float32
+    pattern = PATTERNS["adaptive"](min_share=1e-3, dense_below=0, dense_last_rows=0)
+    chosen = pattern.select(q, k, 0, 320, 0.125, None).columns
+    exact = pattern.select(q.float(), k.float(), 0, 320, 0.125, None).columns
+    if bits16 == torch.float32:
+        assert torch.equal(chosen, exact)
+    assert (chosen >= 0).any()
 
 
 def test_adaptive_is_dense_for_short_prompts_and_for_the_last_rows() -> None:
