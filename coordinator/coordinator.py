@@ -50,6 +50,7 @@ RECHECK_TICKS = 10
 PAUSED_S = 1.0
 STATUS_TIMEOUT_S = 1.0
 DRAIN_POLL_S = 0.5
+CANCEL_AGAIN_S = 1.0
 _log = logging.getLogger(__name__)
 
 _UP = (Change.JOINED, Change.RESTARTED, Change.RECOVERED, Change.MOVED)
@@ -224,9 +225,11 @@ class Coordinator:
 
     async def close(self) -> None:
         """Ends everything; call it after `drain`."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # More than once: a library that a task waits in may swallow its cancellation.
+        while running := [task for task in self._tasks if not task.done()]:
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
         if self._kubernetes is not None:
             await self._kubernetes.close()
         await self.contexts.close()

@@ -72,7 +72,10 @@ def error_from_rpc(error: grpc.RpcError, *, peer: str = "") -> LongreachError:
         where = f"{peer}: " if peer else ""
         hint = next((h for sign, h in _TLS_HINTS.items() if sign in details), "")
         message = f"{where}{details or error.code().name}{hint}"
-        if code == Unavailable.code or details.startswith(_STREAM_REMOVED_DETAILS):
+        removed = error.code() is grpc.StatusCode.UNKNOWN and details.startswith(
+            _STREAM_REMOVED_DETAILS
+        )
+        if code == Unavailable.code or removed:
             return ConnectionLost(message)
         return error_for(code, error.code().name, message)
     reason, retry_after_s = error.code().name, None
