@@ -257,7 +257,9 @@ def test_a_worker_that_is_told_to_stop_hands_its_generation_over(
     cluster.process(worker).stop()
     got += [token.id for token in stream]
     assert got == whole
-    assert (stream.summary.failovers, stream.summary.recomputed_tokens) in {(1, 0), (1, 1)}
+    assert stream.summary.failovers == 1
+    # Only what was on its way to the nodes when the session left, however loaded they are.
+    assert stream.summary.recomputed_tokens <= 3
     assert stream.summary.worker_id != worker
     cluster.restart(worker)
     wait_until(lambda: sessions(client) == 0, "closing the session")
