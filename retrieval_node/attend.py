@@ -44,7 +44,7 @@ _EXACT = Budget(exact=True)
 
 
 @dataclass(slots=True)
-class _Part:
+class RowPart:
     """What one index is asked for one row, and what it answered; without an index, what `kv` is
     asked, exactly. Heads count from the row's."""
 
@@ -64,7 +64,20 @@ class _Plan:
     queries: FloatArray
     floor: FloatArray | None
     row_bytes: int
-    parts: list[_Part] = field(default_factory=list)
+    parts: list[RowPart] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredRow:
+    """A row as it was asked and answered: queries [rows, heads, group, head_dim] float32, the parts
+    that answered, and their merged answer."""
+
+    queries: FloatArray
+    budget: Budget
+    parts: Sequence[RowPart]
+    result: AttendResult
+    scale: float
+    softcap: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +95,10 @@ def attend(
     scale: float,
     softcap: float,
     find: Callable[[int], tuple[Session, Context | None]],
+    watch: Callable[[Sequence[AnsweredRow]], None] | None = None,
 ) -> Attended:
-    """Partial attention of every row; `find` gives a handle's session and context, or raises."""
+    """Partial attention of every row; `find` gives a handle's session and context, or raises.
+    `watch` is shown the rows that were answered; it must not take long."""
     results: list[AttendResult | LongreachError | None] = [None] * len(rows)
     plans: dict[int, _Plan] = {}
     for number, each in enumerate(rows):
@@ -95,10 +110,17 @@ def attend(
     _search([part for plan in plans.values() for part in plan.parts], scale, softcap)
     wall_s = time.perf_counter() - began
     search_s = 0.0
+    answered: list[AnsweredRow] = []
     for number, plan in plans.items():
         result = _merged(plan)
         results[number] = result
         search_s += result.search_s
+        if watch is not None:
+            answered.append(
+                AnsweredRow(plan.queries, plan.rows.budget, plan.parts, result, scale, softcap)
+            )
+    if watch is not None:
+        watch(answered)
     search_s = min(search_s, wall_s)
     return Attended([r for r in results if r is not None], search_s, wall_s - search_s)
 
@@ -184,12 +206,12 @@ def _add_part(
     floor = None if plan.floor is None else plan.floor[:, heads]
     budget = _EXACT if index is None else plan.rows.budget
     rows = IndexRows(plan.queries[:, heads], first - held_heads[0], scope, budget, floor)
-    plan.parts.append(_Part(index, kv, rows, heads.start))
+    plan.parts.append(RowPart(index, kv, rows, heads.start))
 
 
-def _search(parts: Iterable[_Part], scale: float, softcap: float) -> None:
-    by_index: dict[Index, list[_Part]] = {}
-    whole: list[_Part] = []
+def _search(parts: Iterable[RowPart], scale: float, softcap: float) -> None:
+    by_index: dict[Index, list[RowPart]] = {}
+    whole: list[RowPart] = []
     for part in parts:
         (whole if part.index is None else by_index.setdefault(part.index, [])).append(part)
     for index, asked in by_index.items():

@@ -44,6 +44,7 @@ from retrieval_node.contexts import Context, Contexts, Filling, Served
 from retrieval_node.counters import Counters
 from retrieval_node.fences import PlacementFences
 from retrieval_node.memory import MemoryBudget, Use, resident_bytes
+from retrieval_node.quality import QualitySampler
 from retrieval_node.reading import read_blocks
 from retrieval_node.sessions import Session, SessionTable, check_record
 from retrieval_node.shard import TokenIds, check_geometry
@@ -112,6 +113,7 @@ class Store:
         builder: Builder,
         snapshots: Snapshots | None = None,
         isa: str = "",
+        quality: QualitySampler | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._secret = secret
@@ -119,6 +121,7 @@ class Store:
         self._builder = builder
         self._snapshots = snapshots
         self._isa = isa
+        self._quality = quality
         self._clock = clock
         self._loading = False
         self._contexts = Contexts(memory, builder.kind, clock)
@@ -278,7 +281,8 @@ class Store:
         self, layer: int, rows: Sequence[AttendRows], scale: float, softcap: float
     ) -> Attended:
         """Partial attention of rows of any sessions over one layer; an error for each bad row."""
-        attended = attend(layer, rows, scale, softcap, self._find)
+        watch = self._quality.draw() if self._quality else None
+        attended = attend(layer, rows, scale, softcap, self._find, watch)
         self._counters.count(attended.results)
         return attended
 
@@ -360,6 +364,8 @@ class Store:
     def close(self) -> None:
         """Stops background work; a snapshot that is being written is finished."""
         self._builder.close()
+        if self._quality is not None:
+            self._quality.close()
         if self._snapshots is not None:
             self._snapshots.close()
 
