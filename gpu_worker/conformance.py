@@ -37,6 +37,9 @@ WINDOW_TOKENS = 40
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """Largest root-mean-square difference of logits, in standard deviations of the eager logits."""
 
+LOOKAHEAD_LIMIT = {**TOLERANCE, torch.float32: 1e-4}
+"""The same for a token's eager logits with and without the tokens that follow it."""
+
 _SESSION = "conformance"
 
 
@@ -57,15 +60,17 @@ class RetrieverSink:
 
 @dataclass(frozen=True, slots=True)
 class Conformance:
-    """What the gate measured: differences of logits in standard deviations of the eager ones."""
+    """What the gate measured: differences of logits in standard deviations of the eager ones.
+    `lookahead` is eager attention's own, between a token with and without those that follow."""
 
     prefill: float
     decode: float
     question: float
+    lookahead: float
 
     @property
     def worst(self) -> float:
-        """The largest of them."""
+        """The largest difference from eager attention."""
         return max(self.prefill, self.decode, self.question)
 
 
@@ -75,6 +80,13 @@ def require_conformance(model: Model) -> Conformance:
         found = measure_conformance(model)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise refuse(model.info.model, f"a forward pass failed ({error})") from error
+    limit = LOOKAHEAD_LIMIT[model.dtype]
+    if not found.lookahead <= limit:
+        raise refuse(
+            model.info.model,
+            f"its attention is not causal: a token's logits change by {found.lookahead:.2g} "
+            f"standard deviations with the tokens that follow it, the limit is {limit}",
+        )
     limit = TOLERANCE[model.dtype]
     if not found.worst <= limit:
         raise refuse(
@@ -93,6 +105,8 @@ def measure_conformance(model: Model) -> Conformance:
     drawn = np.random.default_rng(0).integers(0, model.info.vocab_size, total)
     tokens = tuple(int(t) for t in drawn)
     expected = _eager_logits(model, tokens)
+    alone = _eager_logits(model, tokens[: prompt // 2])
+    lookahead = max(_difference(expected, each, row) for row, each in enumerate(alone))
     slab = LocalSlab(
         model.layers,
         slots=1,
@@ -117,7 +131,7 @@ def measure_conformance(model: Model) -> Conformance:
         _difference(expected, row, stop - 1)
         for row, stop in zip([prefill, *got], ends, strict=True)
     ]
-    return Conformance(errors[0], max(errors[1:-1]), errors[-1])
+    return Conformance(errors[0], max(errors[1:-1]), errors[-1], lookahead)
 
 
 def _eager_logits(model: Model, tokens: tuple[int, ...]) -> torch.Tensor:

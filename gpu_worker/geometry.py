@@ -6,7 +6,7 @@ the conformance gate, which runs the loaded model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from longreach.errors import UnsupportedModel
@@ -67,6 +67,18 @@ def check_supported(model_class: type, config: Any, name: str) -> None:
             raise refuse(
                 name, "dynamic NTK rope rotates stored keys anew as the longest position grows"
             )
+
+
+def check_causal(layers: Iterable[Any], name: str) -> None:
+    """Raises UnsupportedModel where a decoder layer's attention says that it looks ahead."""
+    for layer in layers:
+        for part in layer.modules():
+            if getattr(part, "is_causal", True) is False:
+                raise refuse(
+                    name,
+                    f"its attention ({type(part).__name__}) is not causal: keys and values of a "
+                    "token would change with what follows it",
+                )
 
 
 def layer_geometries(config: Any) -> tuple[LayerGeometry, ...]:

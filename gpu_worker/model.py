@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from gpu_worker.arrays import dtype_name, to_array, torch_dtype
 from gpu_worker.attention import ATTENTION_NAME
 from gpu_worker.geometry import (
+    check_causal,
     check_supported,
     layer_geometries,
     max_positions,
@@ -83,9 +84,12 @@ def prepare_model(module: Any, source: str, device: torch.device, config: Any = 
     name = Path(source).name or type(module).__name__
     check_supported(type(module), config, name)
     layers = layer_geometries(config)
-    found = len(decoder_layers(module))
-    if found != len(layers):
-        raise refuse(name, f"it has {found} decoder layers where its config says {len(layers)}")
+    found = decoder_layers(module)
+    if len(found) != len(layers):
+        raise refuse(
+            name, f"it has {len(found)} decoder layers where its config says {len(layers)}"
+        )
+    check_causal(found, name)
     module = module.to(device).eval()
     module.requires_grad_(False)
     dtype = module.dtype

@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from gpu_worker.arrays import dtype_name
 from gpu_worker.conformance import TOLERANCE
-from gpu_worker.geometry import check_supported, layer_geometries, refuse, text_config
+from gpu_worker.geometry import check_causal, check_supported, layer_geometries, refuse, text_config
 from gpu_worker.patterns.spec import parse_pattern
+from gpu_worker.prefill import decoder_layers
 from library.attention import ATTACHED_NAME
 from library.cache import adopt
 from library.decode import DecodeMethod, parse_decode
@@ -46,6 +47,7 @@ def attach(
     pattern = parse_pattern(prefill)
     name = type(model).__name__
     check_supported(type(model), model.config, name)
+    check_causal(decoder_layers(model), name)
     if model.config._attn_implementation == ATTACHED_NAME:
         raise InvalidRequest(f"this {name} is attached already; detach it first")
     if dtype_name(model.dtype) not in {dtype_name(known) for known in TOLERANCE}:

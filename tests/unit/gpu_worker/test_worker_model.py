@@ -49,6 +49,29 @@ def test_the_gate_refuses_a_model_that_cannot_run_in_chunks() -> None:
         require_conformance(model)
 
 
+def _bert(**changes: object) -> hf.BertLMHeadModel:
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=512, pad_token_id=0, **changes,
+    )  # fmt: skip
+    return hf.BertLMHeadModel(config).eval()
+
+
+def test_a_bidirectional_model_is_refused_by_what_its_attention_says() -> None:
+    with pytest.raises(UnsupportedModel, match=r"BertSelfAttention\) is not causal"):
+        prepare_model(_bert(), "bert", torch.device("cpu"))
+
+
+def test_a_bidirectional_model_that_says_nothing_is_refused_by_what_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpu_worker.model.check_causal", lambda *_: None)
+    model = prepare_model(_bert(), "bert", torch.device("cpu"))
+    with pytest.raises(UnsupportedModel, match=r"change by .* with the tokens that follow"):
+        require_conformance(model)
+
+
 def test_a_saved_model_is_loaded_with_what_the_cluster_has_to_know(tmp_path: Path) -> None:
     path = saved_model("gemma2", tmp_path / "my-gemma")
     info = load_model(str(path)).info
