@@ -15,6 +15,7 @@ from longreach.logging import configure
 from longreach.process import wait_for_stop_async
 from longreach.security.peers import Role
 from longreach.security.tls import member_files
+from longreach.telemetry.service import Telemetry
 
 _log = logging.getLogger("coordinator")
 
@@ -24,11 +25,14 @@ async def serve(config: CoordinatorConfig) -> None:
     files = member_files(config, Role.COORDINATOR, config.coordinator_id)
     if files is not None and files.identity is not None:
         config = dataclasses.replace(config, coordinator_id=files.identity.member_id)
+    telemetry = Telemetry(config)
+    telemetry.begin("coordinator", config.name, files=files)
     server = CoordinatorServer(config, files)
     address = await server.start()
     await wait_for_stop_async(config.exit_with_parent, address=address)
     _log.info("stopping: running generations have %.0f s", config.drain_grace_s)
     await server.stop()
+    await asyncio.to_thread(telemetry.stop)
 
 
 def main() -> int:

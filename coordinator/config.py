@@ -9,6 +9,7 @@ from coordinator.kubernetes.settings import KubernetesSettings
 from longreach.config import setting
 from longreach.errors import InvalidRequest
 from longreach.security.tls import TlsSettings
+from longreach.telemetry import TelemetrySettings
 from longreach.types import Budget
 
 REPLICAS_MAX = 8
@@ -16,7 +17,7 @@ REPLICAS_MAX = 8
 
 
 @dataclass(frozen=True)
-class CoordinatorConfig(KubernetesSettings, GatewaySettings, TlsSettings):
+class CoordinatorConfig(KubernetesSettings, GatewaySettings, TelemetrySettings, TlsSettings):
     """Coordinator: the public API, contexts, sessions and the decode loop."""
 
     listen: str = setting(

@@ -25,6 +25,7 @@ from longreach.rpc.membership import HeartbeatSender
 from longreach.rpc.tls import ChannelTls
 from longreach.security.peers import Role
 from longreach.security.tls import member_files
+from longreach.telemetry.service import Telemetry
 
 _LOG = logging.getLogger("gpu_worker")
 _GRACE_S = 2.0
@@ -42,6 +43,7 @@ def run(config: WorkerConfig) -> None:
     files = member_files(config, Role.WORKER, config.worker_id)
     if files is not None and files.identity is not None:
         config = dataclasses.replace(config, worker_id=files.identity.member_id)
+    telemetry = Telemetry(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     model = load_model(config.model, config.device, config.dtype)
@@ -54,6 +56,8 @@ def run(config: WorkerConfig) -> None:
     gc.freeze()
     engine.start()
     server, address, readiness = start_server(engine, config.listen, files, config.health_listen)
+    name = config.member_id(address)
+    telemetry.begin("worker", name, model_name=model.info.model, files=files)
     heartbeats = HeartbeatSender(
         config.coordinator_addresses,
         worker_reports(config, address, engine.status),
@@ -74,6 +78,7 @@ def run(config: WorkerConfig) -> None:
     _await_hand_over(engine)
     server.stop(_GRACE_S).wait()
     engine.stop()
+    telemetry.stop()
 
 
 def _await_hand_over(engine: Engine) -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from longreach.config import setting
 from longreach.errors import InvalidRequest
 from longreach.security.tls import TlsSettings
+from longreach.telemetry import TelemetrySettings
 from longreach.types import STORAGE_DTYPES
 
 
 @dataclass(frozen=True)
-class WorkerConfig(TlsSettings):
+class WorkerConfig(TelemetrySettings, TlsSettings):
     """A GPU worker: runs the model with a small resident KV window; the rest lives on nodes."""
 
     listen: str = setting("127.0.0.1:0", "host:port to answer on; port 0 picks a free one")
@@ -85,6 +86,10 @@ class WorkerConfig(TlsSettings):
     def coordinator_addresses(self) -> tuple[str, ...]:
         """Addresses of the coordinators."""
         return tuple(part.strip() for part in self.coordinators.split(",") if part.strip())
+
+    def member_id(self, address: str) -> str:
+        """The worker's name, with the default resolved; `address` is where it listens."""
+        return self.worker_id or f"{self.host_name}:{address.rpartition(':')[2]}"
 
     @property
     def host_name(self) -> str:

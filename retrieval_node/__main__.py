@@ -25,6 +25,7 @@ from longreach.rpc.membership import HeartbeatSender
 from longreach.rpc.tls import ChannelTls
 from longreach.security.peers import Role
 from longreach.security.tls import member_files
+from longreach.telemetry.service import Telemetry
 from retrieval_node import kernel
 from retrieval_node.builds import Builder
 from retrieval_node.config import NodeConfig
@@ -61,6 +62,7 @@ def run(config: NodeConfig) -> None:
     files = member_files(config, Role.NODE, config.node_id)
     if files is not None and files.identity is not None:
         config = dataclasses.replace(config, node_id=files.identity.member_id)
+    telemetry = Telemetry(config)
     store = build_store(config)
     store.expect_snapshots()  # The server answers before they are read: its health is asked for.
     server, address, readiness = start_server(
@@ -71,6 +73,7 @@ def run(config: NodeConfig) -> None:
         config.health_listen,
         config.copy_bytes_per_s,
     )
+    telemetry.begin("node", config.member_id(address), files=files)
     loaded = store.load_snapshots()
     _LOG.info(
         "node on %s: %d bytes, %s kernel, %s index, %d shards from snapshots",
@@ -96,6 +99,7 @@ def run(config: NodeConfig) -> None:
     stopping.set()
     server.stop(_GRACE_S).wait()
     store.close()
+    telemetry.stop()
 
 
 def _drain(heartbeats: HeartbeatSender, timeout_s: float, store: Store) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from longreach.config import setting
 from longreach.errors import InvalidRequest
 from longreach.security.tls import TlsSettings
+from longreach.telemetry import TelemetrySettings
 
 _SHARE_OF_MEMORY = 0.8
 # Control groups of version 2, then of version 1.
@@ -19,7 +20,7 @@ _CGROUP_LIMITS = (
 
 
 @dataclass(frozen=True)
-class NodeConfig(TlsSettings):
+class NodeConfig(TelemetrySettings, TlsSettings):
     """A retrieval node: stores KV, searches it and answers partial attention."""
 
     listen: str = setting("127.0.0.1:0", "host:port to answer on; port 0 picks a free one")
@@ -85,6 +86,10 @@ class NodeConfig(TlsSettings):
     def coordinator_addresses(self) -> tuple[str, ...]:
         """Addresses of the coordinators."""
         return tuple(part.strip() for part in self.coordinators.split(",") if part.strip())
+
+    def member_id(self, address: str) -> str:
+        """The node's name, with the default resolved; `address` is where it listens."""
+        return self.node_id or f"{self.host_name}:{address.rpartition(':')[2]}"
 
     @property
     def host_name(self) -> str:

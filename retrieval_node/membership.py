@@ -21,7 +21,7 @@ def node_reports(
     """Makes reports of this process's life, which has an incarnation number of its own."""
     incarnation = secrets.randbits(_INCARNATION_BITS)
     advertised = config.advertise or _reachable(address)
-    member_id = config.node_id or f"{config.host_name}:{address.rpartition(':')[2]}"
+    member_id = config.member_id(address)
 
     def report() -> MemberReport:
         return MemberReport(

@@ -93,6 +93,11 @@ class TlsFiles:
         """Whom the certificate names."""
         return self._material.identity
 
+    def not_after_s(self) -> float:
+        """When the certificate in use ends, Unix time. Only with a certificate."""
+        leaf = x509.load_pem_x509_certificate(self.current().certificate)
+        return leaf.not_valid_after_utc.timestamp()
+
     def _renew(self) -> None:
         try:
             stamp = self._stat()

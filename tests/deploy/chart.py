@@ -38,6 +38,7 @@ MATRIX: dict[str, dict[str, Any]] = {
         "tests": {"apiKeySecret": "the-tests"},
     },
     "bare": {
+        "telemetry": {"metrics": False},
         "coordinator": {"http": False},
         "kubernetes": {"enabled": False},
         "networkPolicy": {"enabled": False},
@@ -49,6 +50,7 @@ MATRIX: dict[str, dict[str, Any]] = {
     "everything": TLS
     | {
         "image": {"registry": "registry.example.com/ai", "tag": "1.2.3", "pullSecrets": ["pull"]},
+        "telemetry": {"otlpEndpoint": "http://collector.observability:4317"},
         "model": {
             "source": "/mnt/models/llama",
             "existingClaim": "models",

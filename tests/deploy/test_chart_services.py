@@ -235,3 +235,18 @@ def test_notes_tell_the_first_command() -> None:
     text = next(text for name, text in notes.items() if name.endswith("NOTES.txt"))
     assert "longreach ask" in text
     assert "helm test demo --namespace ai" in text
+
+
+def test_every_service_serves_metrics_on_its_port_unless_told_not_to(
+    rendered: dict[str, list[Document]],
+) -> None:
+    wanted = {"coordinator": 9300, "worker": 9301, "retrievalNode": 9302}
+    for service, spec in workloads(rendered["everything"]).items():
+        container = spec["containers"][0]
+        variables = environment(container)
+        assert variables["LONGREACH_METRICS_LISTEN"] == f"0.0.0.0:{wanted[service]}"
+        assert variables["LONGREACH_OTLP_ENDPOINT"] == "http://collector.observability:4317"
+        assert {"name": "metrics", "containerPort": wanted[service]} in container["ports"]
+    for spec in workloads(rendered["bare"]).values():
+        variables = environment(spec["containers"][0])
+        assert not {"LONGREACH_METRICS_LISTEN", "LONGREACH_OTLP_ENDPOINT"} & variables.keys()

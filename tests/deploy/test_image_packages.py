@@ -54,7 +54,9 @@ def imported(package: str) -> dict[str, Path]:
                 if top in sys.stdlib_module_names or top in OURS or module.startswith("google."):
                     continue
                 if top in owners:  # a module of the evaluation or of a test tool is not installed
-                    found.setdefault(normal(owners[top][0]), path)
+                    names = sorted(map(normal, owners[top]))
+                    # Several share a namespace such as opentelemetry: one that is declared, if any.
+                    found.setdefault(next(filter(declared().__contains__, names), names[0]), path)
     return found
 
 

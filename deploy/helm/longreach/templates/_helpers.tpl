@@ -87,9 +87,22 @@ is ready, which it becomes only once they have reported. */}}
 {{- end }}
 {{- end -}}
 
+{{/* Where a service serves metrics, by its gRPC port. Call with (list . port). */}}
+{{- define "longreach.metricsPort" -}}
+{{- get (dict "7300" "9300" "7400" "9301" "7500" "9302") (toString (index . 1)) -}}
+{{- end -}}
+
 {{/* Variables of all services. Call with (list . port). */}}
 {{- define "longreach.commonEnvironment" -}}
 {{- $root := index . 0 -}}
+{{- if $root.Values.telemetry.metrics }}
+- name: LONGREACH_METRICS_LISTEN
+  value: "0.0.0.0:{{ include "longreach.metricsPort" . }}"
+{{- end }}
+{{- with $root.Values.telemetry.otlpEndpoint }}
+- name: LONGREACH_OTLP_ENDPOINT
+  value: {{ . | quote }}
+{{- end }}
 - name: LONGREACH_LISTEN
   value: "0.0.0.0:{{ index . 1 }}"
 - name: LONGREACH_LOG_LEVEL
@@ -164,6 +177,10 @@ is ready, which it becomes only once they have reported. */}}
 {{- if $root.Values.tls.enabled }}
 - name: health
   containerPort: {{ add1 (index . 1) }}
+{{- end }}
+{{- if $root.Values.telemetry.metrics }}
+- name: metrics
+  containerPort: {{ include "longreach.metricsPort" . }}
 {{- end }}
 {{- end -}}
 
