@@ -34,6 +34,7 @@ lint: install ## Style, types, protocol lint, breaking changes and stub drift.
 	$(BIN)/buf format --diff --exit-code proto
 	$(BIN)/buf breaking proto --against proto/released.binpb
 	$(BIN)/python deploy/helm/settings.py --check
+	$(BIN)/python deploy/observability/dashboards.py --check
 	$(MAKE) proto-check
 
 .PHONY: install
