@@ -31,6 +31,7 @@ from retrieval_node.builds import Builder
 from retrieval_node.config import NodeConfig
 from retrieval_node.membership import node_reports
 from retrieval_node.memory import MemoryBudget
+from retrieval_node.quality import sampler_with_metrics
 from retrieval_node.server import start_server
 from retrieval_node.snapshot import Snapshots
 from retrieval_node.store import Store
@@ -54,6 +55,9 @@ def build_store(config: NodeConfig) -> Store:
         builder=Builder(memory, config.index_kind, config.build_threads),
         snapshots=snapshots,
         isa=kernel.isa(),
+        quality=sampler_with_metrics(config.quality_sample_share)
+        if config.samples_quality
+        else None,
     )
 
 

@@ -60,6 +60,11 @@ class NodeConfig(TelemetrySettings, TlsSettings):
         "seconds that SIGTERM may take to move this node's shards to others first, where they lack "
         "copies; 0 leaves at once",
     )
+    quality_sample_share: float = setting(
+        0.001,
+        "share of Attend messages of which one row and head is compared with exact attention, in "
+        "the background and within 2% of one core, where metrics are exported; 0 for none",
+    )
     coordinators: str = setting("", "host:port of the coordinators, comma separated")
     cluster_secret: str = setting("", "secret shared by the cluster's services; signs capabilities")
     exit_with_parent: bool = setting(False, "stop when the parent process is gone")
@@ -78,6 +83,10 @@ class NodeConfig(TelemetrySettings, TlsSettings):
             raise InvalidRequest(f"copy_bytes_per_s is {self.copy_bytes_per_s}; write 0 or more")
         if self.drain_s < 0:
             raise InvalidRequest(f"drain_s is {self.drain_s}; write 0 or more")
+        if not 0 <= self.quality_sample_share <= 1:
+            raise InvalidRequest(
+                f"quality_sample_share is {self.quality_sample_share}; it must be in [0, 1]"
+            )
         for name in ("build_threads", "max_streams"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -90,6 +99,11 @@ class NodeConfig(TelemetrySettings, TlsSettings):
     def member_id(self, address: str) -> str:
         """The node's name, with the default resolved; `address` is where it listens."""
         return self.node_id or f"{self.host_name}:{address.rpartition(':')[2]}"
+
+    @property
+    def samples_quality(self) -> bool:
+        """Whether answers are sampled: somebody must see the result."""
+        return self.quality_sample_share > 0 and bool(self.metrics_listen or self.otlp_endpoint)
 
     @property
     def host_name(self) -> str:

@@ -22,9 +22,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
+from longreach import telemetry
 from longreach.attention import attention_logits, merge, softmax_partial
 from longreach.types import FloatArray, PartialAttention
 from retrieval_node.attend import AnsweredRow, RowPart
@@ -194,6 +196,25 @@ class QualitySampler:
             took_s = time.monotonic() - began
             self._resume_at = time.monotonic() + took_s * self._pause_per_s
             self._free.set()
+
+
+def sampler_with_metrics(share: float) -> QualitySampler:
+    """A sampler whose measurements become metrics: an observation for each query head."""
+    histograms = [
+        (telemetry.histogram(f"retrieval_{name}_sampled"), attrgetter(name))
+        for name in ("recall", "mass", "output_error")
+    ]
+    samples = telemetry.counter("retrieval_quality_samples")
+    done, dropped = samples.bind(result="done"), samples.bind(result="dropped")
+
+    def report(found: Quality) -> None:
+        for histogram, values in histograms:
+            series = histogram.bind(index_kind=found.index_kind)
+            for value in values(found).tolist():
+                series.record(value)
+        done.add()
+
+    return QualitySampler(share, report, dropped.add)
 
 
 def _is_approximate(answered: AnsweredRow) -> bool:

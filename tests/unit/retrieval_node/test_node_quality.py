@@ -12,8 +12,11 @@ import pytest
 from node_harness import EXACT, SCALE, Clock, Sequence, open_session, put, rows_for
 
 from longreach.attention import attention_logits, partial_attention
+from longreach.errors import InvalidRequest
+from longreach.telemetry.instruments import collect, switch_off, switch_on
 from longreach.types import AttendResult, Budget, Span
 from retrieval_node.builds import Builder
+from retrieval_node.config import NodeConfig
 from retrieval_node.index.base import (
     INDEX_KINDS,
     BuildControl,
@@ -24,7 +27,7 @@ from retrieval_node.index.base import (
 )
 from retrieval_node.index.flat import FlatIndex
 from retrieval_node.memory import MemoryBudget
-from retrieval_node.quality import Quality, QualitySampler
+from retrieval_node.quality import Quality, QualitySampler, sampler_with_metrics
 from retrieval_node.store import Store
 
 TOP = Budget(top_k=10)
@@ -243,3 +246,39 @@ def test_a_sixteen_bit_shard_is_compared_with_attention_over_the_same_bits(measu
     )
     errors = error_of(result.partial.output[0], exact.output[0])
     assert any(np.allclose(found.output_error, errors[h : h + 2], 1e-3) for h in (0, 2))
+
+
+def test_measurements_become_metrics_one_observation_for_each_query_head():
+    switch_on("node", {"engine": "node-0"})
+    try:
+        sampler = sampler_with_metrics(1.0)
+        sequence, store = Sequence(TOKENS), store_with(sampler)
+        handle = serve(store, sequence)
+        store.attend(0, [rows_for(handle, Span(0, TOKENS), budget=TOP)], SCALE, 0.0)
+        store.close()  # what was drawn is measured first
+        found = {each.metric.name: each.series for each in collect()}
+    finally:
+        switch_off()
+    labels = {"engine": "node-0", "index_kind": "flat"}
+    for name in ("recall", "mass", "output_error"):
+        [(at, distribution)] = found[f"retrieval_{name}_sampled"]
+        assert at == labels
+        assert sum(distribution.counts) == 2  # the group of a KV head
+    assert {at["result"]: n for at, n in found["retrieval_quality_samples"]} == {
+        "done": 1,
+        "dropped": 0,
+    }
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(InvalidRequest, match=f"quality_sample_share is {share}"):
+        NodeConfig(cluster_secret="s", quality_sample_share=share)
+
+
+def test_nothing_is_sampled_where_nobody_would_see_it():
+    assert not NodeConfig(cluster_secret="s").samples_quality
+    assert NodeConfig(cluster_secret="s", metrics_listen="127.0.0.1:0").samples_quality
+    assert not NodeConfig(
+        cluster_secret="s", metrics_listen="127.0.0.1:0", quality_sample_share=0.0
+    ).samples_quality
