@@ -48,7 +48,8 @@ def expanded(text: str) -> str:
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load(expanded(COMPOSE.read_text()))["services"]
-    return {name: each for name, each in found.items() if "build" in each}
+    ours = "deploy/docker/Dockerfile"
+    return {n: each for n, each in found.items() if each.get("build", {}).get("dockerfile") == ours}
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,7 @@ runbook and in promtool's tests."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from tests.deploy.promql import (
     panels,
     rule_expressions,
 )
+from tests.deploy.promtool import promtool
 
 RUNBOOK = (ROOT / "docs" / "operations.md").read_text()
 UNIT_TESTS = Path(__file__).parent / "rules_test.yaml"
@@ -167,18 +165,6 @@ def test_every_alert_is_seen_to_fire() -> None:
         for each in test["promql_expr_test"]:
             fired |= set(re.findall(r'alertname="(\w+)"', str(each["exp_samples"])))
     assert fired == set(ALERTS)
-
-
-def promtool(*arguments: str) -> str:
-    """Runs Prometheus' own checker; Debian has it in the package `prometheus`."""
-    if shutil.which("promtool") is None:
-        assert not os.environ.get("CI"), "CI installs promtool (.ci/run)"
-        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
-    done = subprocess.run(
-        ["promtool", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 def test_prometheus_reads_the_rules() -> None:
