@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import sys
 
+from coordinator import cluster_metrics
 from coordinator.config import CoordinatorConfig
 from coordinator.server import CoordinatorServer
 from longreach.config import read_config
@@ -28,6 +29,7 @@ async def serve(config: CoordinatorConfig) -> None:
     telemetry = Telemetry(config)
     telemetry.begin("coordinator", config.name, files=files)
     server = CoordinatorServer(config, files)
+    cluster_metrics.observe(server.coordinator, asyncio.get_running_loop())
     address = await server.start()
     await wait_for_stop_async(config.exit_with_parent, address=address)
     _log.info("stopping: running generations have %.0f s", config.drain_grace_s)

@@ -94,6 +94,14 @@ class CoordinatorConfig(KubernetesSettings, GatewaySettings, TelemetrySettings, 
         "are sent where they take longer.",
     )
     max_context_bytes: int = setting(256 * 2**20, "Longest text of one context, UTF-8 bytes.")
+    objective_ttft_s: float = setting(
+        5.0,
+        "Seconds to the first token that a request should take at most; with the next one it "
+        "decides which requests count as within objectives (goodput).",
+    )
+    objective_itl_s: float = setting(
+        0.1, "Mean seconds between two tokens that a request should take at most."
+    )
     drain_grace_s: float = setting(
         30.0, "Seconds that running generations may go on after SIGTERM."
     )
@@ -129,6 +137,9 @@ class CoordinatorConfig(KubernetesSettings, GatewaySettings, TelemetrySettings, 
             raise InvalidRequest(
                 f"failover_patience_s is {self.failover_patience_s}; it must be 0 or more"
             )
+        for name in ("objective_ttft_s", "objective_itl_s"):
+            if getattr(self, name) <= 0:
+                raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.index_reserve < 0:
             raise InvalidRequest(f"index_reserve is {self.index_reserve}; it must be 0 or more")
         self.budget()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -186,6 +187,10 @@ class Contexts:
     def count(self) -> int:
         """How many contexts there are, in any state."""
         return len(self._book.records)
+
+    def states(self) -> Counter[ContextState]:
+        """How many contexts are in each state."""
+        return Counter(record.state for record in self._book.records.values())
 
     def leads(self) -> bool:
         """Whether this coordinator leads now."""

@@ -196,6 +196,10 @@ class Coordinator:
         self._apply(event)
         return self._cluster.epoch
 
+    def members(self) -> list[Member]:
+        """Every member as last reported."""
+        return self._cluster.members()
+
     async def status(self) -> ClusterStatus:
         """Members, memory and load; members that can be reached are asked how they stand now."""
         members = {member.member_id: member for member in self._cluster.members()}

@@ -23,11 +23,13 @@ from coordinator.driver import Driver
 from coordinator.filling import Filling
 from coordinator.holdings import Holdings
 from coordinator.repairs import PlacementView
+from longreach import telemetry
 from longreach.errors import FailedPrecondition, LongreachError, NotFound, Unavailable
 from longreach.types import Shard, Span
 
 PAUSE_AFTER_FAILURE_S = 5.0
 _log = logging.getLogger(__name__)
+_REPREFILL_TOKENS = telemetry.counter("reprefill_tokens").bind()
 
 
 class Refilling:
@@ -91,6 +93,7 @@ class Refilling:
                 await self._driver.drop(context_id, record.identity.tenant, placed.node_ids)
                 return
             self.reprefill_tokens += len(lost)
+            _REPREFILL_TOKENS.add(len(lost))
             self._take(repairing, shards)
             await self._settled(context_id, ContextState.READY, "")
             self._on_route_changed(context_id)

@@ -25,6 +25,7 @@ from coordinator.filling import Filling
 from coordinator.holdings import Holdings
 from coordinator.refilling import Refilling
 from coordinator.repairs import Copy, PlacementView
+from longreach import telemetry
 from longreach.errors import FailedPrecondition, LongreachError
 from longreach.types import SessionInventory
 
@@ -32,6 +33,8 @@ STEP_S = 1.0
 PAUSE_AFTER_FAILURE_S = 5.0
 ASK_SESSIONS_S = 5.0
 _log = logging.getLogger(__name__)
+_COPIES_DONE = telemetry.counter("repairs").bind(result="done")
+_COPIES_FAILED = telemetry.counter("repairs").bind(result="failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,11 @@ class Repairing:
         self._sessions_asked: dict[str, float] = {}
         self.copies_done = 0
         self.bytes_copied = 0
+
+    @property
+    def copies_running(self) -> int:
+        """Copies of shards that are under way."""
+        return len(self._running)
 
     @property
     def reprefill_tokens(self) -> int:
@@ -227,16 +235,19 @@ class Repairing:
                 running.bytes_copied = progress.bytes_copied
         except LongreachError as error:
             _log.warning("%s failed: %s", copy, error)
+            _COPIES_FAILED.add()
             key = copy.context_id, copy.shard.shard_id
             self._not_before[key] = self._clock() + PAUSE_AFTER_FAILURE_S
             return
         except Exception:
             _log.exception("%s failed", copy)
+            _COPIES_FAILED.add()
             return
         if copy.context_id not in self._book.records:  # deleted meanwhile, where it was known
             await self._driver.drop(copy.context_id, record.identity.tenant, [copy.target])
             return
         self.copies_done += 1
+        _COPIES_DONE.add()
         self.bytes_copied += running.bytes_copied
         self._holdings.copied(copy.target, copy.context_id, copy.shard)
         _log.info("%s: %d bytes in %.1f s", copy, running.bytes_copied, self._clock() - began)

@@ -22,9 +22,13 @@ from coordinator.requests import (
     check_token_ids,
 )
 from coordinator.tokenizer import Tokenizer
+from longreach import telemetry
 from longreach.errors import IdentityMismatch, Internal, InvalidRequest
 from longreach.steps import ModelInfo
 from longreach.types import BOUNDARY_TOKENS, Budget, Identity, SessionRecord, ShardMap
+
+_PREFIX_QUERIES = telemetry.counter("prefix_cache_queries")
+_PREFIX_HITS = telemetry.counter("prefix_cache_hits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,17 +164,23 @@ class Planner:
         What is stored already is used when the rest is short enough for a question; otherwise all
         but the end of the prompt is stored.
         """
+        _PREFIX_QUERIES.add(len(prompt), model_name=model.model)
+        hits = _PREFIX_HITS.bind(model_name=model.model)
         found = self._contexts.longest_prefix(model, prompt[:-1])
         if found is not None:
             known, stop = found
             if len(prompt) - stop <= self._config.inline_prompt_tokens:
+                hits.add(stop)
                 return _Base(known, stop, tuple(prompt[stop:]))
         cut = (len(prompt) - 1) // BOUNDARY_TOKENS * BOUNDARY_TOKENS
         record: ContextRecord | None = None
+        stored_before = False
         with self._admission.storing():
             async with contextlib.aclosing(self._contexts.store(model, prompt[:cut])) as progress:
                 async for each in progress:
-                    record = each.record
+                    record, stored_before = each.record, each.found
         if record is None:
             raise Internal("storing the prompt ended without a record")
+        if stored_before:  # Its tokens were not known here, as after a rebuild from the nodes.
+            hits.add(cut)
         return _Base(record, cut, tuple(prompt[cut:]))

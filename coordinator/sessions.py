@@ -12,11 +12,14 @@ is decided when a worker or a node is lost is in `coordinator/failover.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 
+from coordinator import request_metrics
 from coordinator.admission import Admission, WorkerSlots
 from coordinator.catalog.base import ContextRecord
 from coordinator.cluster import Cluster, MemberState
@@ -29,6 +32,7 @@ from coordinator.holdings import without_tenant
 from coordinator.models import Models
 from coordinator.orphans import Orphans, SessionNames
 from coordinator.pacing import QuestionPace
+from coordinator.request_metrics import Objectives, RequestMetrics
 from coordinator.requests import GenerateParams
 from coordinator.scheduler import DecodeLoop, SteppedAside
 from coordinator.session_plan import Plan, Planner
@@ -62,8 +66,9 @@ class _Session:
     sits in. A session that was `superseded` leaves its nodes to whoever took it over.
     """
 
-    def __init__(self, plan: Plan, course: Course, arrived: float) -> None:
+    def __init__(self, plan: Plan, course: Course, arrived: float, metrics: RequestMetrics) -> None:
         self.plan = plan
+        self.metrics = metrics
         self.course = course
         self.arrived = arrived
         self.record = plan.record
@@ -74,6 +79,7 @@ class _Session:
         self.open_s = 0.0
         self.resident_bytes = 0
         self.worker_id = ""
+        self.holds_slot = False
         self.loop: DecodeLoop | None = None
         self.events: asyncio.Queue[Token | Summary | LongreachError] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
@@ -90,6 +96,11 @@ class _Session:
     def resumed(self) -> int:
         """Earlier attempts of the client, at other coordinators."""
         return self.plan.params.resume.attempt if self.plan.params.resume else 0
+
+    def take(self, token: Token) -> None:
+        """A token for the client."""
+        self.metrics.token(self.generation.figures.last_token_at, self.queue_s)
+        self.events.put_nowait(token)
 
     def cancel(self, error: LongreachError | None = None) -> None:
         """Ends the session at the next step boundary, once: a second cancellation would cut its
@@ -134,6 +145,7 @@ class Sessions:
         self._on_lost = on_lost
         self._on_left = on_left
         self._admission = Admission(self._slots, config.max_waiting)
+        self._objectives = Objectives(config.objective_ttft_s, config.objective_itl_s)
         names = SessionNames(config.name, config.cluster_secret.encode())
         self._planner = Planner(contexts, models, self._admission, config, names)
         self.orphans = Orphans(names, driver, lives=lambda session_id: session_id in self._sessions)
@@ -144,6 +156,10 @@ class Sessions:
     def running(self) -> int:
         """Generations that hold a worker's slot."""
         return self._admission.running
+
+    def running_models(self) -> Counter[str]:
+        """Generations that hold a worker's slot, by model."""
+        return Counter(s.plan.model.model for s in self._sessions.values() if s.holds_slot)
 
     @property
     def waiting(self) -> int:
@@ -157,10 +173,27 @@ class Sessions:
 
         Raises what went wrong: InvalidRequest, NotFound, ResourceExhausted, Unavailable, ...
         """
+        ended = False
+        try:
+            async with contextlib.aclosing(self._generate(params)) as events:
+                async for event in events:
+                    ended = isinstance(event, Summary)
+                    yield event
+        except BaseException as error:
+            if not ended:  # whoever has the summary may close at once
+                request_metrics.failed(error)
+            raise
+
+    async def _generate(
+        self, params: GenerateParams
+    ) -> AsyncGenerator[tuple[Token, ...] | Summary, None]:
         arrived = time.monotonic()
         plan = await self._planner.plan(params)
         await self._end_earlier_attempt(plan)
-        session = _Session(plan, Course(self._config.failover_patience_s), arrived)
+        metrics = RequestMetrics(
+            plan.model.model, arrived, self._objectives, resumed=bool(params.generated)
+        )
+        session = _Session(plan, Course(self._config.failover_patience_s), arrived, metrics)
         self._sessions[session.session_id] = session
         session.task = asyncio.create_task(self._run(session))
         session.task.add_done_callback(lambda _: self._gone(session))
@@ -175,6 +208,7 @@ class Sessions:
                 session.cancel()
         if isinstance(end, LongreachError):
             raise end
+        metrics.finished(end, time.monotonic())
         yield end
 
     async def abort_context(self, context_id: str, error: LongreachError) -> None:
@@ -273,6 +307,7 @@ class Sessions:
                 if session.generation.finish_reason is None:
                     await self._drive(session)
             finally:
+                session.metrics.ended(session.generation)
                 self._leave_nothing(session)
             summary = await self._summary(session)
             # Last of all: who has the summary may rely on nothing being left behind.
@@ -291,6 +326,7 @@ class Sessions:
         while True:
             worker_id = await self._slot(session, prefer)
             granted = time.monotonic()
+            session.holds_slot = True
             pause_s: float | None = None
             try:
                 await self._serve(session, worker_id)
@@ -306,12 +342,14 @@ class Sessions:
                 prefer = worker_id
                 _log.warning("session %s goes on elsewhere: %s", session.session_id, error)
             finally:
+                session.holds_slot = False
                 self._admission.release(worker_id, time.monotonic() - granted)
                 if pause_s is None:
                     await self._close(session, worker_id)
                 else:
                     self.orphans.behind(worker_id, session.session_id, session.record.epoch)
                     self._on_left()
+            session.metrics.failed_over()
             await asyncio.sleep(pause_s)
             session.next_epoch()
 
@@ -348,7 +386,7 @@ class Sessions:
         session.generation.stand_at(stop, self._window(worker_id))
         session.loop = self._loop(worker_id, worker)
         try:
-            await session.loop.run(session.generation, session.events.put_nowait)
+            await session.loop.run(session.generation, session.take)
         finally:
             session.loop = None
 

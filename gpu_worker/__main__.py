@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from gpu_worker import metrics
 from gpu_worker.config import WorkerConfig
 from gpu_worker.conformance import require_conformance
 from gpu_worker.engine import Engine
@@ -58,6 +59,7 @@ def run(config: WorkerConfig) -> None:
     server, address, readiness = start_server(engine, config.listen, files, config.health_listen)
     name = config.member_id(address)
     telemetry.begin("worker", name, model_name=model.info.model, files=files)
+    metrics.observe(engine)
     heartbeats = HeartbeatSender(
         config.coordinator_addresses,
         worker_reports(config, address, engine.status),

@@ -20,6 +20,7 @@ from gpu_worker.resident import LocalSlab
 from gpu_worker.sampling import MAX_TOP_LOGPROBS, Drawn, sample
 from gpu_worker.session import Session
 from gpu_worker.step import Run, Step
+from longreach import telemetry
 from longreach.errors import (
     FailedPrecondition,
     Internal,
@@ -32,6 +33,8 @@ from longreach.steps import StepOutcome, StepRow, StepRowResult, StepTiming
 from longreach.types import Span
 
 log = logging.getLogger(__name__)
+_STEP_SECONDS = telemetry.histogram("step_seconds").bind()
+_STEP_ROWS = telemetry.counter("step_rows").bind()
 
 
 class Decoder:
@@ -74,6 +77,8 @@ class Decoder:
         timing = StepTiming()
         if runs:
             timing = self._run(rows, runs, results, started)
+            _STEP_SECONDS.record(timing.total_s)
+            _STEP_ROWS.add(sum(len(run.token_ids) for run in runs.values()))
         return StepOutcome(tuple(results[i] for i in range(len(rows))), timing)
 
     def _admit(self, row: StepRow) -> Run:

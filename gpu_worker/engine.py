@@ -85,6 +85,8 @@ class Engine:
         )
         self._nodes: dict[str, NodeSession] = {}
         self._device = DeviceThread()
+        self._prefills = 0
+        self._prefills_lock = threading.Lock()
 
     def start(self) -> None:
         """Begins to take work."""
@@ -127,7 +129,7 @@ class Engine:
             shared_target_s=self._config.prefill_shared_chunk_ms / 1e3,
             alone_target_s=self._config.prefill_chunk_ms / 1e3,
         )
-        return Ingest(
+        ingest = Ingest(
             self.model,
             self._device,
             to,
@@ -136,7 +138,17 @@ class Engine:
             cancelled,
             self._pattern,
             functools.partial(NodeClient, tls=self._tls),
-        ).run()
+        )
+        return self._counted(ingest.run())
+
+    def _counted(self, progress: Iterator[PrefillProgress]) -> Iterator[PrefillProgress]:
+        with self._prefills_lock:
+            self._prefills += 1
+        try:
+            yield from progress
+        finally:
+            with self._prefills_lock:
+                self._prefills -= 1
 
     def open_session(
         self,
@@ -194,6 +206,16 @@ class Engine:
             return replace(outcome, timing=replace(outcome.timing, queue_s=queued_s))
 
         return self._device.call(work).result()
+
+    @property
+    def prefills_running(self) -> int:
+        """Prefills that run, wait for the device or seal."""
+        return self._prefills
+
+    @property
+    def nodes_refused(self) -> int:
+        """Nodes that are not asked now, because connections to them failed again and again."""
+        return self._fanout.refused()
 
     def status(self) -> WorkerStatus:
         """What this worker is and what it holds."""

@@ -14,12 +14,13 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from gpu_worker.asks import Ask, Message, NodeSession, check_values
 from gpu_worker.methods.base import Collected, Retrieved, SessionQueries
 from gpu_worker.node_health import HedgeBudget, NodeHealth
-from longreach import wire
+from longreach import telemetry, wire
 from longreach.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -27,6 +28,7 @@ from longreach.errors import (
     Unavailable,
 )
 from longreach.rpc.retrieval import AttendStream
+from longreach.telemetry.instruments import CounterSeries, HistogramSeries
 from longreach.types import (
     LayerGeometry,
 )
@@ -55,6 +57,14 @@ class NodeStream(Protocol):
         """Ends the stream."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Measures:
+    """The metrics of one node."""
+
+    seconds: HistogramSeries
+    failures: CounterSeries
+
+
 class FanOut:
     """Retriever over retrieval nodes. Used by the thread that owns the device only, with its loop.
 
@@ -73,6 +83,7 @@ class FanOut:
         self._streams: dict[str, NodeStream] = {}
         self._sessions: dict[str, NodeSession] = {}
         self._health: dict[str, NodeHealth] = {}
+        self._measures: dict[str, _Measures] = {}
         self._budget = HedgeBudget()
         self._request_ids = itertools.count(1)
         self._awaited: _InFlight | None = None
@@ -162,9 +173,13 @@ class FanOut:
             message.late = False
             health.late -= 1
         failure = message.reply.exception() if message.reply is not None else None
+        measures = self.measures(message.node_id)
         if failure is None:
             health.answered(message.size, now - message.sent_at)
-        elif isinstance(failure, ConnectionLost | DeadlineExceeded):
+            measures.seconds.record(now - message.sent_at)
+            return
+        measures.failures.add()
+        if isinstance(failure, ConnectionLost | DeadlineExceeded):
             health.failed(message.sent_at, now)
         else:
             health.misled(now)
@@ -174,6 +189,21 @@ class FanOut:
         found = self._health.get(node_id)
         if found is None:
             found = self._health[node_id] = NodeHealth()
+        return found
+
+    def refused(self) -> int:
+        """How many nodes are not asked now; any thread may ask this."""
+        now = time.monotonic()
+        return sum(health.refused(now) for health in list(self._health.values()))
+
+    def measures(self, node_id: str) -> _Measures:
+        """What is counted of a node."""
+        found = self._measures.get(node_id)
+        if found is None:
+            found = self._measures[node_id] = _Measures(
+                telemetry.histogram("retrieval_rpc_seconds").bind(node=node_id),
+                telemetry.counter("retrieval_rpc_failures").bind(node=node_id),
+            )
         return found
 
     def may_hedge(self) -> bool:
@@ -342,6 +372,8 @@ class _InFlight:
             results = wire.attend_results_from_proto(response, [ask.rows for ask in message.asks])
             check_values(results, self._fanout.layers[self._layer].value_dim, message.node_id)
         except LongreachError as error:
+            if message.reply.exception() is None:  # Else `settle` has counted it.
+                self._fanout.measures(message.node_id).failures.add()
             self._fail(message, error)
             return NodeTiming()
         for ask, result in zip(message.asks, results, strict=True):

@@ -22,11 +22,13 @@ from gpu_worker.offload import Destination, Offload, PutNode
 from gpu_worker.patterns import Pattern
 from gpu_worker.prefill import PrefillJob
 from gpu_worker.scheduler import DeviceThread
+from longreach import telemetry
 from longreach.errors import Cancelled
 from longreach.rpc.retrieval import NodeClient
 from longreach.steps import PrefillProgress, PrefillSummary
 
 log = logging.getLogger(__name__)
+_PREFILL_TOKENS = telemetry.counter("prefill_tokens").bind()
 
 PROGRESS_S = 0.25
 """Time between two progress reports."""
@@ -128,6 +130,7 @@ class Ingest:
             if earlier is not None:
                 earlier.close()
         self._compute_s = time.perf_counter() - started
+        _PREFILL_TOKENS.add(job.tokens)
         self._peak_device_bytes = peak.bytes
         if job.pairs_visible:
             log.info(

@@ -12,6 +12,7 @@ exit with their parent.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -40,6 +41,7 @@ _ANNOUNCEMENT = "serving "
 _SERVICE = "longreach.v1.GenerationService"
 _POLL_S = 0.05
 _LOG_TAIL_LINES = 20
+_METRICS = re.compile(r"metrics at (http://[^\s\"]+)")
 _SETTLE_S = 15.0
 _CLIENT_ID = "local-client"
 _WILDCARDS = ("", "0.0.0.0", "[::]", "::")
@@ -73,6 +75,12 @@ class MemberProcess:
     def alive(self) -> bool:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def metrics_url(self) -> str:
+        """Where it serves metrics, by its log; empty where it does not."""
+        found = _METRICS.findall(self._logged())
+        return found[-1] if found else ""
 
     def start(self) -> None:
         """Starts the process; `wait_announced` tells when it listens."""
@@ -144,10 +152,12 @@ class MemberProcess:
             raise Unavailable(f"{self.name} was not started")
         return self._process
 
+    def _logged(self) -> str:
+        return self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
+
     def _log_tail(self) -> str:
         """What the process logged since it started, at most its last lines."""
-        logged = self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
-        lines = logged.splitlines()[-_LOG_TAIL_LINES:]
+        lines = self._logged().splitlines()[-_LOG_TAIL_LINES:]
         return f"the end of {self.log_path}:\n" + "\n".join(f"    {line}" for line in lines)
 
 

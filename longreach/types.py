@@ -457,6 +457,11 @@ class NodeStats:
     work: WorkFigures
     isa: str
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that K and V, indexes and tails take together."""
+        return self.context_bytes + self.index_bytes + self.tail_bytes
+
 
 def storage_dtype(name: str) -> np.dtype[np.generic]:
     """NumPy dtype of a storage dtype's name: "float32", "float16" or "bfloat16"."""

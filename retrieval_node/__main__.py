@@ -26,7 +26,7 @@ from longreach.rpc.tls import ChannelTls
 from longreach.security.peers import Role
 from longreach.security.tls import member_files
 from longreach.telemetry.service import Telemetry
-from retrieval_node import kernel
+from retrieval_node import kernel, metrics
 from retrieval_node.builds import Builder
 from retrieval_node.config import NodeConfig
 from retrieval_node.membership import node_reports
@@ -78,6 +78,7 @@ def run(config: NodeConfig) -> None:
         config.copy_bytes_per_s,
     )
     telemetry.begin("node", config.member_id(address), files=files)
+    metrics.observe(store)
     loaded = store.load_snapshots()
     _LOG.info(
         "node on %s: %d bytes, %s kernel, %s index, %d shards from snapshots",

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 
+from longreach import telemetry
 from longreach.errors import Cancelled, LongreachError
 from longreach.types import IndexStatus, QuerySample
 from retrieval_node.background import lower_priority
@@ -22,6 +23,7 @@ from retrieval_node.memory import MemoryBudget, Reservation, Use
 from retrieval_node.shard import SealedShard
 
 _LOG = logging.getLogger(__name__)
+_BUILD_SECONDS = telemetry.histogram("index_build_seconds").bind()
 FIRST_KIND = "flat"
 """The kind that answers until the first build is done; it needs none."""
 
@@ -176,6 +178,7 @@ class Builder:
         self._jobs: queue.SimpleQueue[tuple[weakref.ref[LayerIndexes], int, OnBuilt] | None]
         self._jobs = queue.SimpleQueue()
         self._unfinished = 0
+        self._running = 0
         self._idle = threading.Condition()
         self._threads = [
             threading.Thread(target=self._work, name=f"builder-{n}", daemon=True)
@@ -183,6 +186,11 @@ class Builder:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def running(self) -> int:
+        """Builds of a layer that are under way now."""
+        return self._running
 
     def start(self, indexes: LayerIndexes, on_built: OnBuilt = lambda layer: None) -> None:
         """Queues the builds of the layers. `on_built` must not keep the indexes alive."""
@@ -211,6 +219,8 @@ class Builder:
         job = self._jobs.get()
         if job is None:
             return False
+        with self._idle:
+            self._running += 1
         try:
             indexes, layer, on_built = job[0](), job[1], job[2]
             if (
@@ -221,6 +231,7 @@ class Builder:
                 on_built(layer)
         finally:
             with self._idle:
+                self._running -= 1
                 self._unfinished -= 1
                 self._idle.notify_all()
         return True
@@ -231,7 +242,7 @@ class Builder:
         control = BuildControl(
             lambda built, total: indexes.progressed(layer, built), indexes.cancelled
         )
-        began = time.thread_time()
+        began, began_cpu = time.perf_counter(), time.thread_time()
         try:
             index = INDEX_KINDS[self.kind].build(
                 indexes.layers[layer], indexes.sample(layer), control
@@ -246,6 +257,7 @@ class Builder:
             _LOG.exception("building the %s failed", name)
             indexes.failed(layer, f"{type(error).__name__}: {error}")
         else:
-            indexes.finished(layer, index, memory, time.thread_time() - began)
+            indexes.finished(layer, index, memory, time.thread_time() - began_cpu)
+            _BUILD_SECONDS.record(time.perf_counter() - began)
             return True
         return False

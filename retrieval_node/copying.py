@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from longreach import telemetry
 from longreach.errors import Cancelled, Internal, InvalidRequest
 from longreach.types import (
     CopyProgress,
@@ -26,6 +27,10 @@ from retrieval_node.contexts import Served
 from retrieval_node.reading import cut_blocks
 from retrieval_node.shard_file import read_samples
 from retrieval_node.store import Store
+
+_COPY_BYTES = telemetry.counter("copy_bytes")
+_BYTES_IN = _COPY_BYTES.bind(direction="in")
+_BYTES_OUT = _COPY_BYTES.bind(direction="out")
 
 PROGRESS_S = 0.25
 """Time between two reports of progress."""
@@ -106,6 +111,7 @@ class Copier:
                 wanted = wanted.intersect(Span(start, max(start, wanted.stop)))
             for block in cut_blocks(number, kv, sealed.shard.kv_head_start, wanted):
                 self._bandwidth.take(_bytes_of(block), cancelled)
+                _BYTES_OUT.add(_bytes_of(block))
                 yield block
         yield ShardEnd(sealed.token_ids, sealed.checksum)
 
@@ -155,6 +161,7 @@ class Copier:
                 if isinstance(part, KvBlock):
                     self._bandwidth.take(_bytes_of(part), cancelled)
                     put.write(part)
+                    _BYTES_IN.add(_bytes_of(part))
                 elif isinstance(part, QuerySample):
                     put.add_sample(part)
                 elif isinstance(part, ShardEnd):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 
-from longreach import wire
+from longreach import telemetry, wire
 from longreach.errors import Internal, InvalidRequest, LongreachError
 from longreach.rpc.authorization import Authorization, Policy
 from longreach.rpc.channels import server_options
@@ -33,6 +33,7 @@ from retrieval_node.copying import Bandwidth, Copier
 from retrieval_node.store import PutStream, Store
 
 _LOG = logging.getLogger(__name__)
+_ATTEND_SECONDS = telemetry.histogram("attend_seconds").bind()
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
 POLICY = Policy(
     {
@@ -135,12 +136,17 @@ class RetrievalServer(RetrievalServiceServicer):
     def _attend(self, request: pb.AttendRequest) -> pb.AttendResponse:
         began = time.perf_counter()
         try:
-            rows = wire.attend_rows_from_proto(request)
-            attended = self._store.attend(request.layer, rows, request.scale, request.softcap)
-            return _attend_response(request.request_id, rows, attended, began)
+            return self._answered(request, began)
         except Exception as error:
             refusal = wire.error_to_proto(_refusal(error, "Attend"))
             return pb.AttendResponse(request_id=request.request_id, error=refusal)
+        finally:
+            _ATTEND_SECONDS.record(time.perf_counter() - began)
+
+    def _answered(self, request: pb.AttendRequest, began: float) -> pb.AttendResponse:
+        rows = wire.attend_rows_from_proto(request)
+        attended = self._store.attend(request.layer, rows, request.scale, request.softcap)
+        return _attend_response(request.request_id, rows, attended, began)
 
     @map_errors
     def Append(  # noqa: N802

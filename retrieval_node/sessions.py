@@ -88,14 +88,15 @@ class Session:
             same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
             return self.tail.start + sum(1 for _ in same)
 
-    def append(self, entry: AppendEntry) -> None:
+    def append(self, entry: AppendEntry) -> int:
         """Stores new KV; see SessionTail.append."""
         with self.lock:
             self._check_open()
             if entry.epoch < self.epoch:
                 raise stale_epoch(entry.epoch, self.epoch)
-            self.tail.append(entry)
+            stored = self.tail.append(entry)
             self.epoch = entry.epoch
+            return stored
 
     def end(self, why: str) -> int:
         """Frees the tail and its indexes; `why` is what later callers are told. Returns the bytes

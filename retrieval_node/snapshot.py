@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from longreach import telemetry
 from longreach.errors import FailedPrecondition, LongreachError, ResourceExhausted
 from longreach.types import QuerySample
 from retrieval_node.background import lower_priority
@@ -39,6 +40,8 @@ from retrieval_node.shard_file import (
 from retrieval_node.tensor_file import BrokenFileError
 
 _LOG = logging.getLogger(__name__)
+_FAILURES = telemetry.counter("snapshot_failures").bind()
+_CHECKSUM_FAILURES = telemetry.counter("checksum_failures").bind()
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".index"
 _LOADERS = 4
@@ -114,9 +117,12 @@ class Snapshots:
         except BrokenFileError as error:
             aside = path.with_suffix(".corrupt")
             path.rename(aside)
+            _CHECKSUM_FAILURES.add()
+            _FAILURES.add()
             _LOG.error("snapshot %s is damaged and was renamed to %s: %s", path, aside.name, error)
             return False
         except (OSError, ResourceExhausted) as error:
+            _FAILURES.add()
             _LOG.error("snapshot %s was not loaded: %s", path, error)
             return False
         loaded = dataclasses.replace(loaded, indexes=self._load_indexes(loaded, memory))
@@ -124,6 +130,7 @@ class Snapshots:
             serve(loaded)
         except LongreachError as error:
             loaded.release()
+            _FAILURES.add()
             _LOG.error("snapshot %s is not served: %s", path, error.message)
             return False
         _LOG.info(
@@ -176,8 +183,10 @@ class Snapshots:
         try:
             job()
         except OSError as error:
+            _FAILURES.add()
             _LOG.error("a shard or index was not written to %s: %s", self._directory, error)
         except Exception:
+            _FAILURES.add()
             _LOG.exception("writing a shard or index to %s failed", self._directory)
         finally:
             with self._idle:

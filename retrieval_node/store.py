@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Literal
 
+from longreach import telemetry
 from longreach.errors import (
     FailedPrecondition,
     IdentityMismatch,
@@ -25,6 +26,7 @@ from longreach.errors import (
 from longreach.security import Capability, verify
 from longreach.types import (
     AppendEntry,
+    AttendResult,
     AttendRows,
     Identity,
     KvBlock,
@@ -53,6 +55,9 @@ from retrieval_node.snapshot import Snapshots
 from retrieval_node.tail_places import tail_places
 
 _LOG = logging.getLogger(__name__)
+_APPEND_TOKENS = telemetry.counter("append_tokens").bind()
+_ATTEND_ROWS = telemetry.counter("attend_rows").bind()
+_CHECKSUM_FAILURES = telemetry.counter("checksum_failures").bind()
 
 
 class PutStream:
@@ -284,6 +289,13 @@ class Store:
         watch = self._quality.draw() if self._quality else None
         attended = attend(layer, rows, scale, softcap, self._find, watch)
         self._counters.count(attended.results)
+        _ATTEND_ROWS.add(
+            sum(
+                len(each.queries)
+                for each, result in zip(rows, attended.results, strict=True)
+                if isinstance(result, AttendResult)
+            )
+        )
         return attended
 
     def append(self, entry: AppendEntry) -> tuple[int, LongreachError | None]:
@@ -293,7 +305,7 @@ class Store:
         except LongreachError as error:
             return 0, error
         try:
-            session.append(entry)
+            _APPEND_TOKENS.add(session.append(entry))
         except LongreachError as error:
             return session.tail.stop, error
         return session.tail.stop, None
@@ -322,6 +334,11 @@ class Store:
     ) -> tuple[list[ShardInventory], list[SessionInventory]]:
         """Every shard the node holds and the open sessions; of one context when given."""
         return self._contexts.inventory(context_id), self._sessions.inventory(context_id)
+
+    @property
+    def builds_running(self) -> int:
+        """Builds of a layer's index that are under way now."""
+        return self._builder.running
 
     def stats(self) -> NodeStats:
         """Memory and counters."""
@@ -382,6 +399,7 @@ class Store:
         self._contexts.check_tokens(fill.context_id, fill.shard.span, token_ids)
         sealed = fill.seal(token_ids)
         if expected_checksum not in (None, sealed.checksum):
+            _CHECKSUM_FAILURES.add()
             _free(self._contexts.pop_shards(fill.context_id, [fill.shard.shard_id])[0])
             raise Internal(
                 f"shard {fill.shard.shard_id!r} of context {fill.context_id!r} came with checksum "

@@ -78,8 +78,8 @@ class SessionTail:
         """Frees the tail and its indexes; returns the bytes freed."""
         return self._chunks.release()
 
-    def append(self, entry: AppendEntry) -> None:
-        """Stores new positions.
+    def append(self, entry: AppendEntry) -> int:
+        """Stores new positions; returns how many were not held yet.
 
         Same epoch and bytes: nothing changes. Raises StaleEpoch for an older epoch,
         FailedPrecondition for other bytes under the same epoch and for a gap, ResourceExhausted
@@ -97,7 +97,7 @@ class SessionTail:
         repeated = max(0, min(self.stop, span.stop) - span.start)
         self._check_repeats(span.start, pieces, entry.token_ids[:repeated])
         if repeated == len(span):
-            return
+            return 0
         self._chunks.reserve(span.stop)
         for piece in pieces:
             self._chunks.store(
@@ -109,6 +109,7 @@ class SessionTail:
             )
         self.token_ids.extend(entry.token_ids[repeated:])
         self._chunks.extend(span.stop)
+        return len(span) - repeated
 
     def _check_span(self, span: Span) -> None:
         if not len(span) or span.start < self.start:

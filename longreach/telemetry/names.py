@@ -110,7 +110,8 @@ _COORDINATOR = (
         "request_prefill_time_seconds",
         "s",
         _REQUEST_SECONDS,
-        "From the worker's slot to the first token: opening the session, feeding the question.",
+        "From the arrival to the first token without the wait for a slot: storing a long prompt, "
+        "opening the session, feeding the question.",
         "model_name",
     ),
     _histogram(
@@ -198,13 +199,13 @@ _COORDINATOR = (
     _counter(
         "hedged_requests",
         "{request}",
-        "Attend requests that a second node was asked, for finished requests.",
+        "Attend requests that a second node was asked because the first was late.",
         "model_name",
     ),
     _counter(
         "failovers",
         "{failover}",
-        "Times that a generation went on after it lost its worker, its nodes or its place.",
+        "Times that a generation went on elsewhere, or anew where it was, by loss or by plan.",
         "model_name",
     ),
     _counter(
@@ -272,7 +273,8 @@ _WORKER = (
         "retrieval_rpc_seconds",
         "s",
         _STEP_SECONDS,
-        "From sending a layer's queries to a node to its reply.",
+        "From sending a layer's queries to a node until its reply is read, which waits for the "
+        "device's own part of the layer.",
         "model_name",
         "node",
     ),
@@ -317,19 +319,20 @@ _NODE = (
         _STEP_SECONDS,
         "One Attend request: every row of a layer, from decoding to the reply.",
     ),
-    _counter("attend_rows", "{row}", "Rows answered by Attend."),
+    _counter("attend_rows", "{row}", "Query tokens answered by Attend, in each layer anew."),
     _counter("append_tokens", "{token}", "Positions appended to tails."),
     _gauge("index_builds_running", "{build}", "Indexes being built."),
     _gauge(
         "index_fraction",
         "1",
-        "Share of the keys in sealed shards that the wanted index covers; 0 to 1.",
+        "Share of the KV heads in sealed shards whose wanted index is built; 0 to 1, 1 without "
+        "shards.",
     ),
     _histogram(
         "index_build_seconds",
         "s",
         _BUILD_SECONDS,
-        "One build of a shard's index.",
+        "One build of the index of one layer, of a shard or of a full tail chunk.",
     ),
     _counter(
         "copy_bytes",
@@ -337,11 +340,15 @@ _NODE = (
         "Bytes copied from and to other nodes, by direction: in or out.",
         "direction",
     ),
-    _counter("snapshot_failures", "{snapshot}", "Snapshots that failed."),
+    _counter(
+        "snapshot_failures",
+        "{snapshot}",
+        "Shards and indexes that were not written to disk, and snapshots that were not loaded.",
+    ),
     _counter(
         "checksum_failures",
         "{shard}",
-        "Data whose checksum was wrong: at a seal, a copy or a snapshot that was read.",
+        "Shards whose checksum was wrong after a copy, or in a snapshot that was read.",
     ),
     _histogram(
         "retrieval_recall_sampled",
