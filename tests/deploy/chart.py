@@ -33,6 +33,28 @@ MATRIX: dict[str, dict[str, Any]] = {
         "catalog": {"url": "redis://valkey:6379/0"},
         "retrievalNode": {"autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 8}},
     },
+    "observed": {
+        "telemetry": {
+            "serviceMonitor": {"enabled": True, "labels": {"release": "monitoring"}},
+            "prometheusRule": {"enabled": True, "runbookBase": "https://wiki.example.com/lr/"},
+            "dashboards": {"enabled": True, "annotations": {"grafana_folder": "longreach"}},
+        },
+        "networkPolicy": {"scrapers": [{"namespaceSelector": {"matchLabels": {"team": "ops"}}}]},
+    },
+    "coordinators by load": {
+        "coordinator": {"autoscaling": {"enabled": True, "maxReplicas": 5}},
+        "catalog": {"url": "redis://valkey:6379/0"},
+    },
+    "coordinators by KEDA": {
+        "coordinator": {
+            "autoscaling": {
+                "enabled": True,
+                "kind": "ScaledObject",
+                "prometheus": "http://prometheus.monitoring:9090",
+            }
+        },
+        "catalog": {"url": "redis://valkey:6379/0"},
+    },
     "keys": {
         "apiKeys": {"existingSecret": "who-may", "key": "keys"},
         "tests": {"apiKeySecret": "the-tests"},
@@ -79,6 +101,8 @@ MATRIX: dict[str, dict[str, Any]] = {
 } | {path.stem: yaml.safe_load(path.read_text()) for path in EXAMPLES}
 
 Document = dict[str, Any]
+FOREIGN = {"monitoring.coreos.com/v1", "keda.sh/v1alpha1"}
+"""Kinds of the Prometheus Operator and of KEDA, whose schemas are not Kubernetes' own."""
 
 
 def documents(values: dict[str, Any]) -> list[Document]:

@@ -180,8 +180,12 @@ def test_only_members_reach_nodes_and_only_the_coordinator_workers(
             for rule in rules
         ]
 
-    assert allowed("demo-longreach-node") == [({"coordinator", "worker"}, 7500)]
-    assert allowed("demo-longreach-worker") == [({"coordinator"}, 7400)]
+    scrapers = {"any"}  # test_chart_observability.py says who
+    assert allowed("demo-longreach-node") == [
+        ({"coordinator", "worker"}, 7500),
+        (scrapers, 9302),
+    ]
+    assert allowed("demo-longreach-worker") == [({"coordinator"}, 7400), (scrapers, 9301)]
     assert ({"any"}, 7300) in allowed("demo-longreach-coordinator")
 
 

@@ -57,13 +57,19 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- default (printf "%s-cluster" (include "longreach.fullname" .)) .Values.clusterSecret.existingSecret -}}
 {{- end -}}
 
-{{/* Where workers and nodes report: every coordinator. The headless service names one before it
+{{/* How many coordinators there may be. */}}
+{{- define "longreach.mostCoordinators" -}}
+{{- $scaling := .Values.coordinator.autoscaling -}}
+{{- ternary $scaling.maxReplicas .Values.coordinator.replicas $scaling.enabled -}}
+{{- end -}}
+
+{{/* Where workers and nodes report: every coordinator that there may be. The headless service names one before it
 is ready, which it becomes only once they have reported. */}}
 {{- define "longreach.coordinators" -}}
 {{- $name := include "longreach.fullname" . -}}
 {{- $port := ternary 7310 7300 .Values.tls.enabled -}}
 {{- $addresses := list -}}
-{{- range $number := until (int .Values.coordinator.replicas) -}}
+{{- range $number := until (int (include "longreach.mostCoordinators" .)) -}}
 {{- $host := printf "%s-coordinator-%d.%s-coordinator-members" $name $number $name -}}
 {{- $addresses = append $addresses (printf "%s.%s.svc:%d" $host $.Release.Namespace $port) -}}
 {{- end -}}
@@ -90,6 +96,24 @@ is ready, which it becomes only once they have reported. */}}
 {{/* Where a service serves metrics, by its gRPC port. Call with (list . port). */}}
 {{- define "longreach.metricsPort" -}}
 {{- get (dict "7300" "9300" "7400" "9301" "7500" "9302") (toString (index . 1)) -}}
+{{- end -}}
+
+{{/* The rule of a network policy that lets metrics be read. Call with (list . port). */}}
+{{- define "longreach.scrapers" -}}
+{{- $root := index . 0 -}}
+{{- if $root.Values.telemetry.metrics -}}
+- from:
+    {{- if $root.Values.networkPolicy.scrapers }}
+    {{- toYaml $root.Values.networkPolicy.scrapers | nindent 4 }}
+    {{- else }}
+    - namespaceSelector: {}
+      podSelector:
+        matchLabels:
+          app.kubernetes.io/name: prometheus
+    {{- end }}
+  ports:
+    - port: {{ include "longreach.metricsPort" . }}
+{{- end -}}
 {{- end -}}
 
 {{/* Variables of all services. Call with (list . port). */}}
@@ -148,7 +172,7 @@ is ready, which it becomes only once they have reported. */}}
 {{- if .Values.kubernetes.enabled }}
 - name: LONGREACH_KUBERNETES_NODE_SERVICE
   value: {{ $name }}-nodes
-{{- if gt (int .Values.coordinator.replicas) 1 }}
+{{- if gt (int (include "longreach.mostCoordinators" .)) 1 }}
 - name: LONGREACH_KUBERNETES_LEASE
   value: {{ $name }}-leader
 {{- end }}
@@ -307,4 +331,13 @@ affinity:
     claimName: {{ . }}
     readOnly: true
 {{- end }}
+{{- end -}}
+
+{{- define "longreach.scaleDown" -}}
+scaleDown:
+  stabilizationWindowSeconds: 600
+  policies:
+    - type: Pods
+      value: 1
+      periodSeconds: 120
 {{- end -}}
