@@ -13,66 +13,73 @@ constexpr int kHalfKeys = kCodeKeys / 2;  // eight keys of four bytes fill a vec
 // A pair adds at most 2 * 15 * 127 = 3810 in magnitude, so eight fit in 16 bits.
 constexpr int kPairsBeforeOverflow = 8;
 
-// 16-bit sums that are moved to 32 bits before they can overflow.
+// The weights of every head, each repeated over a vector.
 template <int Heads>
-struct Accumulator {
-  __m256i wide[Heads];
-  __m256i narrow[Heads];
-  int pairs = 0;
+struct WideWeights {
+  __m256i quads[kMostQuads][Heads];
 
-  Accumulator() {
-    for (int h = 0; h < Heads; ++h) wide[h] = narrow[h] = _mm256_setzero_si256();
-  }
-  void add(__m256i nibbles, const CodeQueries& queries, int quad) {
-    if (pairs == kPairsBeforeOverflow) flush();
-    for (int h = 0; h < Heads; ++h)
-      narrow[h] = _mm256_add_epi16(
-          narrow[h], _mm256_maddubs_epi16(nibbles, _mm256_set1_epi32(queries.weights[h][quad])));
-    ++pairs;
-  }
-  void flush() {
-    for (int h = 0; h < Heads; ++h) {
-      wide[h] = _mm256_add_epi32(wide[h], _mm256_madd_epi16(narrow[h], _mm256_set1_epi16(1)));
-      narrow[h] = _mm256_setzero_si256();
-    }
-    pairs = 0;
-  }
-  void shift4() {
-    for (int h = 0; h < Heads; ++h) wide[h] = _mm256_slli_epi32(wide[h], 4);
+  explicit WideWeights(const CodeQueries& queries) {
+    for (int quad = 0; quad < queries.format.quads(); ++quad)
+      for (int h = 0; h < Heads; ++h) quads[quad][h] = _mm256_set1_epi32(queries.weights[h][quad]);
   }
 };
 
-// Scores of eight keys of a block: keys [0, 8) for half 0, [8, 16) for half 1.
-template <int Heads>
-inline void score_half(const uint8_t* block, const CodeQueries& queries, int half,
-                       __m256i* scores) {
+// Whether 16 bits hold the weighted sum of any nibbles, for every head. Sums wrap, so only their
+// final value must fit. Those that may not fit are moved on every kPairsBeforeOverflow pairs.
+bool nibbles_fit(const CodeQueries& queries) {
+  constexpr int kMost = 32767;
+  for (int h = 0; h < queries.heads; ++h) {
+    int highest[2] = {}, lowest[2] = {};
+    for (int quad = 0; quad < queries.format.quads(); ++quad)
+      for (int byte = 0; byte < 4; ++byte) {
+        const auto bits = static_cast<uint32_t>(queries.weights[h][quad]) >> (8 * byte);
+        const int weight = static_cast<int8_t>(bits);
+        (weight > 0 ? highest : lowest)[byte / 2] += 15 * weight;
+      }
+    for (int pair = 0; pair < 2; ++pair)
+      if (highest[pair] > kMost || lowest[pair] < -kMost) return false;
+  }
+  return true;
+}
+
+// Scores of eight keys of a block, those of its half `half`: 16 times the 4-bit part and the high
+// nibbles of the 8-bit part, plus the low nibbles of the latter.
+template <int Heads, bool Fit>
+inline void score_half(const uint8_t* block, CodeFormat format, const WideWeights<Heads>& weights,
+                       int half, __m256i* scores) {
   const __m256i nibble = _mm256_set1_epi8(15);
-  const CodeFormat format = queries.format;
+  const __m256i one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
+  __m256i sums[Heads];
+  int pairs = 0;
+  for (int h = 0; h < Heads; ++h) scores[h] = sums[h] = _mm256_setzero_si256();
+  const auto flush = [&](__m256i unit) {
+    for (int h = 0; h < Heads; ++h) {
+      scores[h] = _mm256_add_epi32(scores[h], _mm256_madd_epi16(sums[h], unit));
+      sums[h] = _mm256_setzero_si256();
+    }
+    pairs = 0;
+  };
+  const auto add = [&](__m256i nibbles, int quad, __m256i unit) {
+    if (!Fit && pairs == kPairsBeforeOverflow) flush(unit);
+    ++pairs;
+    for (int h = 0; h < Heads; ++h)
+      sums[h] = _mm256_add_epi16(sums[h], _mm256_maddubs_epi16(nibbles, weights.quads[quad][h]));
+  };
   const auto line_at = [&](int line) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + line * 64 + half * 32));
   };
   const auto high = [&](__m256i x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble); };
-  Accumulator<Heads> sums;
   for (int line = 0; line < format.four; ++line) {
     const __m256i both = line_at(format.eight + line);
     const int quad = format.eight + 2 * line;
-    sums.add(_mm256_and_si256(both, nibble), queries, quad);
-    sums.add(high(both), queries, quad + 1);
+    add(_mm256_and_si256(both, nibble), quad, sixteen);
+    add(high(both), quad + 1, sixteen);
   }
-  for (int line = 0; line < format.eight; ++line) sums.add(high(line_at(line)), queries, line);
-  sums.flush();
-  sums.shift4();
+  for (int line = 0; line < format.eight; ++line) add(high(line_at(line)), line, sixteen);
+  flush(sixteen);
   for (int line = 0; line < format.eight; ++line)
-    sums.add(_mm256_and_si256(line_at(line), nibble), queries, line);
-  sums.flush();
-  for (int h = 0; h < Heads; ++h) scores[h] = sums.wide[h];
-}
-
-inline __m256 tail_weights(const CodeTail& tail, int head, __m256i scores) {
-  __m256 logits = _mm256_fmadd_ps(_mm256_cvtepi32_ps(scores), _mm256_set1_ps(tail.slope[head]),
-                                  _mm256_set1_ps(tail.offset[head]));
-  if (tail.softcap > 0) logits = vector::capped<Simd>(logits, tail.softcap);
-  return vector::exponential<Simd>(_mm256_sub_ps(logits, _mm256_set1_ps(tail.reference[head])));
+    add(_mm256_and_si256(line_at(line), nibble), line, one);
+  flush(one);
 }
 
 template <int Heads>
@@ -88,10 +95,11 @@ inline void append_hits(const __m256i* scores, unsigned hit, int64_t first_id, C
   }
 }
 
-template <int Heads, bool Tail>
+template <int Heads, bool Tail, bool Fit>
 void scan(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t stop,
           const int32_t* thresholds, CodeHits& hits, const CodeTail* tail) {
   const int64_t block_bytes = queries.format.block_bytes();
+  const WideWeights<Heads> weights(queries);
   for (int64_t summary = first; summary < stop; ++summary) {
     __m256 sums[Heads];
     for (int h = 0; h < Heads; ++h) sums[h] = _mm256_setzero_ps();
@@ -102,35 +110,47 @@ void scan(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64
         for (int64_t at = 0; at < block_bytes; at += 64)
           __builtin_prefetch(block + kPrefetchBytes + at);
       __m256i scores[Heads];
-      score_half<Heads>(block, queries, part % 2, scores);
+      score_half<Heads, Fit>(block, queries.format, weights, part % 2, scores);
       __m256i above = _mm256_setzero_si256();
       for (int h = 0; h < Heads; ++h)
         above =
             _mm256_or_si256(above, _mm256_cmpgt_epi32(scores[h], _mm256_set1_epi32(thresholds[h])));
       if (Tail)
-        for (int h = 0; h < Heads; ++h)
-          sums[h] = _mm256_add_ps(sums[h], _mm256_andnot_ps(_mm256_castsi256_ps(above),
-                                                            tail_weights(*tail, h, scores[h])));
+        for (int h = 0; h < Heads; ++h) {
+          const __m256 weights_here =
+              vector::tail_weights<Simd>(*tail, h, _mm256_cvtepi32_ps(scores[h]));
+          sums[h] = _mm256_add_ps(sums[h],
+                                  _mm256_andnot_ps(_mm256_castsi256_ps(above), weights_here));
+        }
       const auto hit = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(above)));
       if (hit) append_hits<Heads>(scores, hit, id, hits);
     }
     if (!Tail) continue;
-    for (int h = 0; h < Heads; ++h) {
-      float total[kTile];
-      Simd::sum4(sums[h], Simd::zero(), Simd::zero(), Simd::zero(), total);
-      tail->sums[summary * kCodeHeads + h] = total[0];
-    }
+    const auto sum_of = [&](int h) { return h < Heads ? sums[h] : Simd::zero(); };
+    for (int h = 0; h < Heads; h += kTile)
+      Simd::sum4(sum_of(h), sum_of(h + 1), sum_of(h + 2), sum_of(h + 3),
+                 tail->sums + summary * kCodeHeads + h);
   }
+}
+
+template <int Heads, bool Fit>
+void scan_fitting(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t stop,
+                  const int32_t* thresholds, CodeHits& hits, const CodeTail* tail) {
+  if (tail)
+    scan<Heads, true, Fit>(codes, queries, first, stop, thresholds, hits, tail);
+  else
+    scan<Heads, false, Fit>(codes, queries, first, stop, thresholds, hits, nullptr);
 }
 
 template <int Heads>
 void scores_of(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t step,
                int64_t count, int32_t* out) {
+  const WideWeights<Heads> weights(queries);
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* block = codes + (first + i * step) * queries.format.block_bytes();
     for (int half = 0; half < 2; ++half) {
       __m256i scores[Heads];
-      score_half<Heads>(block, queries, half, scores);
+      score_half<Heads, false>(block, queries.format, weights, half, scores);
       for (int h = 0; h < Heads; ++h) {
         int32_t* place = out + (h * count + i) * kCodeKeys + half * kHalfKeys;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), scores[h]);
@@ -150,12 +170,13 @@ void code_scores(const uint8_t* codes, const CodeQueries& queries, int64_t first
 
 void code_scan(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t stop,
                const int32_t* thresholds, CodeHits& hits, const CodeTail* tail) {
+  const bool fit = nibbles_fit(queries);
   vector::with_heads(queries.heads, [&](auto heads) {
     constexpr int kHeads = decltype(heads)::kValue;
-    if (tail)
-      scan<kHeads, true>(codes, queries, first, stop, thresholds, hits, tail);
+    if (fit)
+      scan_fitting<kHeads, true>(codes, queries, first, stop, thresholds, hits, tail);
     else
-      scan<kHeads, false>(codes, queries, first, stop, thresholds, hits, nullptr);
+      scan_fitting<kHeads, false>(codes, queries, first, stop, thresholds, hits, tail);
   });
 }
 

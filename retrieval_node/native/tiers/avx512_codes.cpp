@@ -36,13 +36,6 @@ inline void score_block(const uint8_t* block, const CodeQueries& queries, __m512
   }
 }
 
-inline __m512 tail_weights(const CodeTail& tail, int head, __m512i scores) {
-  __m512 logits = _mm512_fmadd_ps(_mm512_cvtepi32_ps(scores), _mm512_set1_ps(tail.slope[head]),
-                                  _mm512_set1_ps(tail.offset[head]));
-  if (tail.softcap > 0) logits = vector::capped<Simd>(logits, tail.softcap);
-  return vector::exponential<Simd>(_mm512_sub_ps(logits, _mm512_set1_ps(tail.reference[head])));
-}
-
 template <int Heads>
 inline void append_hits(const __m512i* scores, __mmask16 hit, __m512i ids, CodeHits& hits) {
   _mm512_mask_compressstoreu_epi32(hits.ids + hits.count, hit, ids);
@@ -73,7 +66,8 @@ void scan(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64
       if (Tail)
         for (int h = 0; h < Heads; ++h)
           sums[h] = _mm512_mask_add_ps(sums[h], static_cast<__mmask16>(~hit), sums[h],
-                                       tail_weights(*tail, h, scores[h]));
+                                       vector::tail_weights<Simd>(
+                                           *tail, h, _mm512_cvtepi32_ps(scores[h])));
       if (hit) append_hits<Heads>(scores, hit, ids, hits);
       ids = _mm512_add_epi32(ids, _mm512_set1_epi32(kCodeKeys));
     }

@@ -34,6 +34,11 @@ struct Simd {
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
   }
+  // x * 2^n for whole n and normal x and results, by integer arithmetic on the exponent.
+  static F add_exponent(F x, F n) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
+  }
   // x where it is above y, else 0.
   static F keep_above(F x, F y) { return _mm256_and_ps(x, _mm256_cmp_ps(x, y, _CMP_GT_OQ)); }
   // x where `value` >= limit or NaN, else 0.

@@ -30,6 +30,7 @@ struct Simd {
   }
   // x * 2^n for whole n.
   static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
+  static F add_exponent(F x, F n) { return scale2(x, n); }
   // x where it is above y, else 0.
   static F keep_above(F x, F y) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), x);

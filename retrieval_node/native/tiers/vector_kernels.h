@@ -142,6 +142,20 @@ inline typename S::F exponential(typename S::F x) {
   return S::zero_below(S::scale2(p, n), x, lowest);
 }
 
+// 2^x to 8e-5 relative for x <= 127, and next to nothing below -126: for sums of estimates.
+template <class S>
+inline typename S::F rough_exp2(typename S::F x) {
+  using F = typename S::F;
+  const F bounded = S::max(x, S::all(-126.0f));
+  const F n = S::round(bounded);
+  const F f = S::sub(bounded, n);
+  F p = S::all(5.517163e-2f);  // minimax over [-1/2, 1/2]
+  p = S::fma(p, f, S::all(2.4261114e-1f));
+  p = S::fma(p, f, S::all(6.9326100e-1f));
+  p = S::fma(p, f, S::all(9.9992807e-1f));
+  return S::add_exponent(p, n);
+}
+
 // softcap * tanh(x / softcap), through exp(2x) of the bounded argument.
 template <class S>
 inline typename S::F capped(typename S::F x, float softcap) {
@@ -381,6 +395,21 @@ double sum_above(const float* values, int64_t count, float threshold) {
   for (; i < count; ++i)
     if (values[i] > threshold) sum += static_cast<double>(values[i]);
   return sum;
+}
+
+// ---- tail of a code scan ------------------------------------------------------------------------
+
+// exp(logit - reference) of a head's scores, given as floats: see CodeTail.
+template <class S>
+inline typename S::F tail_weights(const CodeTail& tail, int head, typename S::F scores) {
+  if (tail.softcap > 0) {
+    const auto logits =
+        S::fma(scores, S::all(tail.slope[head]), S::all(tail.offset[head]));
+    return exponential<S>(S::sub(capped<S>(logits, tail.softcap), S::all(tail.reference[head])));
+  }
+  constexpr float kLog2e = 1.44269504088896341f;
+  return rough_exp2<S>(S::fma(scores, S::all(tail.slope[head] * kLog2e),
+                              S::all((tail.offset[head] - tail.reference[head]) * kLog2e)));
 }
 
 // ---- number of heads as a compile-time constant -------------------------------------------------
