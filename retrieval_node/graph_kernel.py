@@ -130,20 +130,20 @@ def attend_graph(
 
     The query heads of a group search together over one visited set.
     """
-    answers = [kernel._empty_answer(rows, values.shape[-1]) for rows in batch]
+    parts = [kernel._empty(rows.queries, values.shape[-1]) for rows in batch]
     key_bits, value_bits, storage = kernel._storage(keys, values)
     sample_keys, sample_values, _ = kernel._storage(sample.keys, sample.values)
-    lists = _native.attend_graph(
+    results = _native.attend_graph(
         key_bits,
         value_bits,
         storage,
         sample_keys,
         sample_values,
         graphs.native,
-        kernel._entries(batch, answers),
+        kernel._entries(batch, parts),
         scale,
         softcap,
         (width.beam, width.oversearch, sample.stride),
         want_selected,
     )
-    return kernel._with_selected(answers, lists) if want_selected else answers
+    return kernel._answers(parts, results)

@@ -11,8 +11,8 @@ environment variable LONGREACH_ISA forces one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,10 +43,6 @@ CODE_KEYS = 16
 SUMMARY_KEYS = 64
 """Keys of a value summary."""
 
-FIGURES = ("scanned", "sketched", "attended", "tail_rows", "search_ns", "attend_ns")
-"""Columns of BudgetedAnswer.figures: key rows read, keys scored by a code, keys in the softmax of a
-query head of the group, value summaries read; then nanoseconds of the thread that ran it."""
-
 
 @dataclass(frozen=True, slots=True)
 class KernelRows:
@@ -66,13 +62,31 @@ class KernelRows:
     logit_floor: FloatArray | None = None
 
 
+class Figures(NamedTuple):
+    """What an entry cost, summed over its rows and KV heads."""
+
+    scanned: int
+    """Key rows read."""
+    sketched: int
+    """Keys scored by a code."""
+    attended: int
+    """Keys in the softmax of at least one query head of the group."""
+    tail_rows: int
+    """Value summaries read."""
+    code_bytes: int
+    """Bytes of codes read."""
+    search_ns: int
+    attend_ns: int
+    """Nanoseconds of the threads that ran it."""
+
+
 @dataclass(frozen=True, slots=True)
 class BudgetedAnswer:
-    """Partial attention under a budget, its figures [rows, heads, len(FIGURES)], and, when asked
-    for, the kept keys (counted from the first) of each (row, head, query head), flattened."""
+    """Partial attention under a budget, its figures, and, when asked for, the kept keys (counted
+    from the first) of each (row, head, query head), flattened."""
 
     partial: PartialAttention
-    figures: IntArray
+    figures: Figures
     selected: list[np.ndarray] | None = None
 
 
@@ -159,11 +173,11 @@ def attend_scope(
 
     Ties at a budget's edge go to the earlier key. Raises ValueError as `attend_exact` does.
     """
-    answers = [_empty_answer(rows, values.shape[-1]) for rows in batch]
-    lists = _native.attend_scope(
-        *_storage(keys, values), _entries(batch, answers), scale, softcap, want_selected
+    parts = [_empty(rows.queries, values.shape[-1]) for rows in batch]
+    results = _native.attend_scope(
+        *_storage(keys, values), _entries(batch, parts), scale, softcap, want_selected
     )
-    return _with_selected(answers, lists) if want_selected else answers
+    return _answers(parts, results)
 
 
 def attend_candidates(
@@ -182,15 +196,15 @@ def attend_candidates(
     head) are ids[offsets[i]:offsets[i + 1]] with i = row * heads + head, ascending, without
     repeats, within the scope. Every query head of the group is scored against all of them.
     """
-    answers = [_empty_answer(rows, values.shape[-1]) for rows in batch]
+    parts = [_empty(rows.queries, values.shape[-1]) for rows in batch]
     given = [
         (np.ascontiguousarray(offsets, np.int64), np.ascontiguousarray(ids, np.int32))
         for offsets, ids in candidates
     ]
-    lists = _native.attend_candidates(
-        *_storage(keys, values), _entries(batch, answers), given, scale, softcap, want_selected
+    results = _native.attend_candidates(
+        *_storage(keys, values), _entries(batch, parts), given, scale, softcap, want_selected
     )
-    return _with_selected(answers, lists) if want_selected else answers
+    return _answers(parts, results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,20 +266,17 @@ def encode_sketch(
 
 
 class SketchLayer:
-    """K, V and the sketches of a layer's KV heads, handed to the module again and again.
+    """K, V and the sketches of a layer's KV heads, handed to the module once.
 
-    What does not change between calls is turned into the module's arguments once: a call on the
-    token path comes with cold caches, where every Python object touched counts.
+    A call on the token path comes with cold caches, where every Python object touched counts.
     """
 
     def __init__(
         self, keys: StorageArray, values: StorageArray, heads: Sequence[SketchCode]
     ) -> None:
-        self._storage = _storage(keys, values)
         self._value_dim = values.shape[-1]
-        self._codes = [
-            (head.eight, head.four, head.codes, head.summaries, head.model) for head in heads
-        ]
+        codes = [(head.eight, head.four, head.codes, head.summaries, head.model) for head in heads]
+        self._attend = _native.SketchLayer(*_storage(keys, values), codes).attend
 
     def attend(
         self,
@@ -281,11 +292,9 @@ class SketchLayer:
         found join the softmax (what was read exactly beats its estimate) and the others stand in
         by their codes and the mean value of their 64 keys.
         """
-        answers = [_empty_answer(rows, self._value_dim) for rows in batch]
-        lists = _native.attend_sketch(
-            *self._storage, self._codes, _entries(batch, answers), scale, softcap, want_selected
-        )
-        return _with_selected(answers, lists) if want_selected else answers
+        parts = [_empty(rows.queries, self._value_dim) for rows in batch]
+        results = self._attend(_entries(batch, parts), scale, softcap, want_selected)
+        return _answers(parts, results)
 
 
 def _exact_entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention]) -> list[Any]:
@@ -295,20 +304,19 @@ def _exact_entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention
     ]
 
 
-def _entries(batch: Sequence[KernelRows], answers: Sequence[BudgetedAnswer]) -> list[Any]:
+def _entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention]) -> list[Any]:
     return [
         (
             _floats(rows.queries),
             rows.kv_head_start,
             rows.start,
             rows.stop,
-            answer.partial.output,
-            answer.partial.lse,
+            part.output,
+            part.lse,
             _budget(rows.budget),
             None if rows.logit_floor is None else _floats(rows.logit_floor),
-            answer.figures,
         )
-        for rows, answer in zip(batch, answers, strict=True)
+        for rows, part in zip(batch, parts, strict=True)
     ]
 
 
@@ -327,15 +335,13 @@ def _budget(budget: Budget) -> tuple[int, int, float, int, int, float, bool]:
     )
 
 
-def _empty_answer(rows: KernelRows, value_dim: int) -> BudgetedAnswer:
-    figures = np.zeros((*rows.queries.shape[:2], len(FIGURES)), np.int64)
-    return BudgetedAnswer(_empty(rows.queries, value_dim), figures)
-
-
-def _with_selected(
-    answers: Sequence[BudgetedAnswer], lists: Sequence[list[np.ndarray]]
-) -> list[BudgetedAnswer]:
-    return [replace(answer, selected=each) for answer, each in zip(answers, lists, strict=True)]
+def _answers(parts: Sequence[PartialAttention], results: Any) -> list[BudgetedAnswer]:
+    """Answers whose figures and lists of kept keys (empty if none were wanted) came back."""
+    figures, selected = results
+    return [
+        BudgetedAnswer(part, Figures(*sums), selected[i] if selected else None)
+        for i, (part, sums) in enumerate(zip(parts, figures, strict=True))
+    ]
 
 
 def _empty(queries: FloatArray, value_dim: int) -> PartialAttention:

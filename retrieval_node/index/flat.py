@@ -25,7 +25,9 @@ from retrieval_node.index.base import (
 )
 from retrieval_node.index.kernel_rows import (
     answer_by_budget,
+    call_kernel,
     every_position,
+    explain_refusal,
     index_answer,
     kernel_rows,
     local_scope,
@@ -79,13 +81,12 @@ class FlatIndex(Index):
         self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool
     ) -> list[IndexAnswer]:
         kv = self._kv
-        answers = kernel.attend_scope(
-            kv.keys,
-            kv.values,
-            [kernel_rows(rows, kv) for rows in batch],
-            scale,
-            softcap,
-            want_selected=want_selected,
+        answers = call_kernel(
+            batch,
+            kv,
+            lambda rows: kernel.attend_scope(
+                kv.keys, kv.values, rows, scale, softcap, want_selected=want_selected
+            ),
         )
         return [index_answer(rows, kv, answer) for rows, answer in zip(batch, answers, strict=True)]
 
@@ -106,7 +107,11 @@ def attend_whole(
         for kv, batch in asked
     ]
     started = time.perf_counter()
-    parts = kernel.attend_exact_pairs(pairs, scale, softcap)
+    try:
+        parts = kernel.attend_exact_pairs(pairs, scale, softcap)
+    except ValueError:
+        explain_refusal(rows for _, batch in asked for rows in batch)
+        raise
     share_s = (time.perf_counter() - started) / max(1, sum(len(batch) for _, batch in asked))
     return [
         [

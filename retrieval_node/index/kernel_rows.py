@@ -3,32 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from longreach.errors import InvalidRequest
 from longreach.types import FloatArray, IntArray, Span, WorkFigures
 from retrieval_node.index.base import IndexAnswer, IndexRows, LayerKv
-from retrieval_node.kernel import FIGURES, BudgetedAnswer, KernelRows
+from retrieval_node.kernel import BudgetedAnswer, KernelRows
 
 
 def local_scope(rows: IndexRows, kv: LayerKv) -> Span:
     """The scope clipped to the positions held, counted from the first key held."""
-    held = kv.positions.intersect(rows.scope)
-    return Span(held.start - kv.start, held.stop - kv.start) if len(held) else Span(0, 0)
+    return Span(*_local_bounds(rows, kv))
+
+
+def _local_bounds(rows: IndexRows, kv: LayerKv) -> tuple[int, int]:
+    """`local_scope` as plain numbers, for the token path; (0, 0) when nothing is in scope."""
+    start = max(0, rows.scope.start - kv.start)
+    stop = min(kv.keys.shape[1], rows.scope.stop - kv.start)
+    return (start, stop) if start < stop else (0, 0)
+
+
+def call_kernel(
+    batch: Sequence[IndexRows],
+    kv: LayerKv,
+    call: Callable[[list[KernelRows]], list[BudgetedAnswer]],
+) -> list[BudgetedAnswer]:
+    """The kernel's answers to the same rows; InvalidRequest if they do not fit the keys or hold
+    NaN or infinity, which the kernel finds."""
+    try:
+        return call([kernel_rows(rows, kv) for rows in batch])
+    except ValueError:
+        explain_refusal(batch)
+        raise
+
+
+def explain_refusal(batch: Iterable[IndexRows]) -> None:
+    """Raise InvalidRequest if it is for NaN or infinity that the kernel refused these rows."""
+    for rows in batch:
+        check_finite(rows)
 
 
 def kernel_rows(rows: IndexRows, kv: LayerKv) -> KernelRows:
     """The same rows, in keys counted from the first held; InvalidRequest if shapes do not fit."""
-    check_rows(rows, kv)
-    scope = local_scope(rows, kv)
-    return KernelRows(
-        rows.queries, rows.kv_head_start, scope.start, scope.stop, rows.budget, rows.logit_floor
-    )
+    check_shapes(rows, kv)
+    start, stop = _local_bounds(rows, kv)
+    return KernelRows(rows.queries, rows.kv_head_start, start, stop, rows.budget, rows.logit_floor)
 
 
 def check_rows(rows: IndexRows, kv: LayerKv) -> None:
+    """Raise InvalidRequest unless queries and logit floor fit the keys and queries are finite."""
+    check_shapes(rows, kv)
+    check_finite(rows)
+
+
+def check_shapes(rows: IndexRows, kv: LayerKv) -> None:
     """Raise InvalidRequest unless queries and logit floor fit the keys."""
     shape = rows.queries.shape
     if len(shape) != 4 or shape[3] != kv.keys.shape[2]:
@@ -44,6 +74,10 @@ def check_rows(rows: IndexRows, kv: LayerKv) -> None:
         raise InvalidRequest(
             f"logit_floor has shape {rows.logit_floor.shape}; expected {shape[:3]} as the queries"
         )
+
+
+def check_finite(rows: IndexRows) -> None:
+    """Raise InvalidRequest if a query holds NaN or infinity."""
     # A sum is the quicker look; finite numbers may overflow it, hence the second.
     if not math.isfinite(rows.queries.sum()) and not np.isfinite(rows.queries).all():
         raise InvalidRequest("queries hold NaN or infinity; send finite values")
@@ -76,29 +110,27 @@ def index_answer(
     rows: IndexRows,
     kv: LayerKv,
     answer: BudgetedAnswer,
-    code_bytes: Sequence[int] = (),
     summary_bytes: int = 0,
 ) -> IndexAnswer:
     """The kernel's answer with its figures as work and its keys as positions.
 
-    `code_bytes` is what scoring one key by its code reads, for each of the layer's KV heads (none
-    if the kind has no codes); `summary_bytes` what one value summary of the tail estimate reads.
+    `summary_bytes` is what one value summary of the tail estimate reads.
     """
-    scanned, sketched, attended, tail_rows, search_ns, attend_ns = answer.figures.sum(
-        axis=(0, 1)
-    ).tolist()
+    scanned, sketched, attended, tail_rows, code_bytes, search_ns, attend_ns = answer.figures
     key_bytes = kv.keys.shape[2] * kv.keys.itemsize
-    pairs = rows.queries.shape[0] * rows.queries.shape[1] * len(local_scope(rows, kv))
+    row_bytes = key_bytes + kv.values.shape[2] * kv.values.itemsize
+    start, stop = _local_bounds(rows, kv)
+    pairs = rows.queries.shape[0] * rows.queries.shape[1] * (stop - start)
     work = WorkFigures(
         keys_in_scope=pairs,
         keys_scanned=scanned,
         keys_sketched=sketched,
         keys_attended=attended,
         bytes_read=scanned * key_bytes
-        + attended * (kv.row_bytes - key_bytes)
-        + (_code_reads(rows, answer, code_bytes) if sketched else 0)
+        + attended * (row_bytes - key_bytes)
+        + code_bytes
         + tail_rows * summary_bytes,
-        bytes_in_scope=pairs * kv.row_bytes,
+        bytes_in_scope=pairs * row_bytes,
         keys_covered=pairs,
     )
     return IndexAnswer(
@@ -108,12 +140,6 @@ def index_answer(
         attend_s=attend_ns * 1e-9,
         selected=_positions(rows.queries, answer.selected, kv.start),
     )
-
-
-def _code_reads(rows: IndexRows, answer: BudgetedAnswer, code_bytes: Sequence[int]) -> int:
-    """Bytes of codes read: heads may have codes of different lengths."""
-    sketched = answer.figures[:, :, FIGURES.index("sketched")].sum(axis=0).tolist()
-    return sum(count * code_bytes[rows.kv_head_start + h] for h, count in enumerate(sketched))
 
 
 def every_position(queries: FloatArray, scope: Span, start: int) -> list[list[list[IntArray]]]:

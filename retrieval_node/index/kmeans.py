@@ -27,7 +27,7 @@ from retrieval_node.index.base import (
     LayerKv,
 )
 from retrieval_node.index.clusters import HeadClusters, LayerClusters, cluster_head
-from retrieval_node.index.kernel_rows import index_answer, kernel_rows, local_scope
+from retrieval_node.index.kernel_rows import check_rows, index_answer, kernel_rows, local_scope
 from retrieval_node.index.search import Logits, first_width, flat_index
 
 OVERSEARCH = 32
@@ -123,6 +123,7 @@ class KmeansIndex(Index):
         wanted = OVERSEARCH * first_width(rows)
         if rows.budget.exact or wanted > READ_ALL_SHARE * len(scope):
             return self._whole(rows, to_logits, want_selected)
+        check_rows(rows, self._kv)
         call = kernel_rows(rows, self._kv)
         logits = self._centroid_logits(rows, to_logits)
         sizes = self._sizes(scope)[rows.kv_head_start : rows.kv_head_start + rows.queries.shape[1]]

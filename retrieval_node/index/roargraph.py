@@ -36,7 +36,7 @@ from retrieval_node.index.base import (
     LayerKv,
 )
 from retrieval_node.index.faiss_kind import centred_keys
-from retrieval_node.index.kernel_rows import answer_by_budget, index_answer, kernel_rows
+from retrieval_node.index.kernel_rows import answer_by_budget, call_kernel, index_answer
 from retrieval_node.index.roargraph_build import (
     SHAPE,
     exact_neighbours,
@@ -118,16 +118,20 @@ class RoarGraphIndex(Index):
         self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool
     ) -> list[IndexAnswer]:
         kv = self._kv
-        answers = attend_graph(
-            kv.keys,
-            kv.values,
-            self._sample,
-            self._graphs,
-            self._width,
-            [kernel_rows(rows, kv) for rows in batch],
-            scale,
-            softcap,
-            want_selected=want_selected,
+        answers = call_kernel(
+            batch,
+            kv,
+            lambda rows: attend_graph(
+                kv.keys,
+                kv.values,
+                self._sample,
+                self._graphs,
+                self._width,
+                rows,
+                scale,
+                softcap,
+                want_selected=want_selected,
+            ),
         )
         value_bytes = kv.values.shape[2] * kv.values.itemsize
         return [

@@ -29,7 +29,7 @@ from retrieval_node.index.base import (
     LayerKv,
 )
 from retrieval_node.index.flat import FlatIndex
-from retrieval_node.index.kernel_rows import answer_by_budget, index_answer, kernel_rows
+from retrieval_node.index.kernel_rows import answer_by_budget, call_kernel, index_answer
 from retrieval_node.index.sketch_fit import fit_sketch
 from retrieval_node.kernel import SketchCode, SketchLayer
 
@@ -49,7 +49,6 @@ class SketchIndex(Index):
         self._kv = kv
         self._heads = tuple(heads)
         self._layer = SketchLayer(kv.keys, kv.values, heads)
-        self._code_bytes = [head.key_bytes for head in heads]
         self._flat = FlatIndex(kv)
 
     @classmethod
@@ -119,12 +118,14 @@ class SketchIndex(Index):
         self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool
     ) -> list[IndexAnswer]:
         kv = self._kv
-        answers = self._layer.attend(
-            [kernel_rows(rows, kv) for rows in batch], scale, softcap, want_selected=want_selected
+        answers = call_kernel(
+            batch,
+            kv,
+            lambda rows: self._layer.attend(rows, scale, softcap, want_selected=want_selected),
         )
         summary_bytes = kv.values.shape[2] * SUMMARY_BYTES
         return [
-            index_answer(rows, kv, answer, self._code_bytes, summary_bytes)
+            index_answer(rows, kv, answer, summary_bytes)
             for rows, answer in zip(batch, answers, strict=True)
         ]
 

@@ -36,12 +36,12 @@ nb::object owned(const std::vector<int32_t>& list) {
 BudgetedBatch::BudgetedBatch(const LayerKv& kv, const std::vector<BudgetedEntry>& entries,
                              bool want_selected) {
   selected_.resize(want_selected ? entries.size() : 0);
+  figures_.resize(entries.size());
   for (size_t i = 0; i < entries.size(); ++i) {
-    const auto& [queries, head, start, stop, output, lse, budget, floor, figures] = entries[i];
+    const auto& [queries, head, start, stop, output, lse, budget, floor] = entries[i];
     const AttentionRows rows = rows_view(kv, queries, head, start, stop, output, lse);
     const size_t pairs = static_cast<size_t>(rows.rows) * rows.heads;
-    require(figures.size() == pairs * kFigures,
-            "figures must be [rows, heads, " + std::to_string(kFigures) + "]");
+    figures_[i].resize(pairs);
     if (floor) {
       require(floor->size() == pairs * rows.group, "logit_floor must be [rows, heads, group]");
       for (size_t j = 0; j < floor->size(); ++j)
@@ -49,9 +49,30 @@ BudgetedBatch::BudgetedBatch(const LayerKv& kv, const std::vector<BudgetedEntry>
     }
     if (want_selected) selected_[i].resize(pairs * rows.group);
     entries_.push_back({rows, budget_of(budget), floor ? floor->data() : nullptr,
-                        reinterpret_cast<HeadFigures*>(figures.data()),
+                        figures_[i].data(),
                         want_selected ? &selected_[i] : nullptr});
   }
+}
+
+nb::tuple BudgetedBatch::results() const { return nb::make_tuple(figures(), selected()); }
+
+nb::list BudgetedBatch::figures() const {
+  nb::list entries;
+  for (const auto& heads : figures_) {
+    HeadFigures sum{};
+    for (const HeadFigures& head : heads) {
+      sum.scanned += head.scanned;
+      sum.sketched += head.sketched;
+      sum.attended += head.attended;
+      sum.tail_rows += head.tail_rows;
+      sum.code_bytes += head.code_bytes;
+      sum.search_ns += head.search_ns;
+      sum.attend_ns += head.attend_ns;
+    }
+    entries.append(nb::make_tuple(sum.scanned, sum.sketched, sum.attended, sum.tail_rows,
+                                  sum.code_bytes, sum.search_ns, sum.attend_ns));
+  }
+  return entries;
 }
 
 nb::list BudgetedBatch::selected() const {

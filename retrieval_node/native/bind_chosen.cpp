@@ -4,7 +4,7 @@
 namespace longreach {
 namespace {
 
-nb::list attend_scope(const AnyArray& keys, const AnyArray& values, const std::string& storage,
+nb::tuple attend_scope(const AnyArray& keys, const AnyArray& values, const std::string& storage,
                       const std::vector<BudgetedEntry>& entries, float scale, float softcap,
                       bool want_selected) {
   const LayerKv kv = layer_view(keys, values, storage);
@@ -14,7 +14,7 @@ nb::list attend_scope(const AnyArray& keys, const AnyArray& values, const std::s
     nb::gil_scoped_release unlocked;
     attend_best(kv, batch.entries(), rule);
   }
-  return batch.selected();
+  return batch.results();
 }
 
 using Offsets = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -40,7 +40,7 @@ Candidates candidates_view(const AttentionRows& rows, const Offsets& offsets, co
   return {at, ids.data()};
 }
 
-nb::list attend_given(const AnyArray& keys, const AnyArray& values, const std::string& storage,
+nb::tuple attend_given(const AnyArray& keys, const AnyArray& values, const std::string& storage,
                       const std::vector<BudgetedEntry>& entries,
                       const std::vector<std::tuple<Offsets, Ids>>& candidates, float scale,
                       float softcap, bool want_selected) {
@@ -56,7 +56,7 @@ nb::list attend_given(const AnyArray& keys, const AnyArray& values, const std::s
     nb::gil_scoped_release unlocked;
     attend_candidates(kv, batch.entries(), views, rule);
   }
-  return batch.selected();
+  return batch.results();
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ class LayerGraphs {
   std::vector<KeyGraph> views_;
 };
 
-nb::list attend(const AnyArray& keys, const AnyArray& values, const std::string& storage,
+nb::tuple attend(const AnyArray& keys, const AnyArray& values, const std::string& storage,
                 const AnyArray& sample_keys, const AnyArray& sample_values,
                 const LayerGraphs& graphs, const std::vector<BudgetedEntry>& entries, float scale,
                 float softcap, const std::tuple<int64_t, double, int64_t>& width, bool want_selected) {
@@ -68,7 +68,7 @@ nb::list attend(const AnyArray& keys, const AnyArray& values, const std::string&
     nb::gil_scoped_release unlocked;
     attend_graph(kv, sample, graphs.views(), batch.entries(), rule, {beam, oversearch, stride});
   }
-  return batch.selected();
+  return batch.results();
 }
 
 template <class T>

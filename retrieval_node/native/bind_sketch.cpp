@@ -53,21 +53,37 @@ SketchHead head_view(const LayerKv& kv, const HeadTuple& tuple) {
           at + transform + 3 * dims};
 }
 
-nb::list attend(const AnyArray& keys, const AnyArray& values, const std::string& storage,
-                const std::vector<HeadTuple>& heads, const std::vector<BudgetedEntry>& entries,
-                float scale, float softcap, bool want_selected) {
-  const LayerKv kv = layer_view(keys, values, storage);
-  const LogitRule rule = logit_rule(scale, softcap);
-  require(static_cast<int>(heads.size()) == kv.kv_heads, "one sketch per KV head is needed");
-  std::vector<SketchHead> views;
-  for (const auto& head : heads) views.push_back(head_view(kv, head));
-  BudgetedBatch batch(kv, entries, want_selected);
-  {
-    nb::gil_scoped_release unlocked;
-    attend_sketch(kv, views, batch.entries(), rule);
+// K, V and the sketches of a layer's KV heads, checked once: what does not change between calls is
+// not looked at again on the token path.
+class SketchLayer {
+ public:
+  SketchLayer(AnyArray keys, AnyArray values, const std::string& storage,
+              std::vector<HeadTuple> heads)
+      : keys_(std::move(keys)),
+        values_(std::move(values)),
+        heads_(std::move(heads)),
+        kv_(layer_view(keys_, values_, storage)) {
+    require(static_cast<int>(heads_.size()) == kv_.kv_heads, "one sketch per KV head is needed");
+    for (const auto& head : heads_) views_.push_back(head_view(kv_, head));
   }
-  return batch.selected();
-}
+
+  nb::tuple attend(const std::vector<BudgetedEntry>& entries, float scale, float softcap,
+                   bool want_selected) const {
+    const LogitRule rule = logit_rule(scale, softcap);
+    BudgetedBatch batch(kv_, entries, want_selected);
+    {
+      nb::gil_scoped_release unlocked;
+      attend_sketch(kv_, views_, batch.entries(), rule);
+    }
+    return batch.results();
+  }
+
+ private:
+  AnyArray keys_, values_;  // these and the heads' arrays are kept alive
+  std::vector<HeadTuple> heads_;
+  LayerKv kv_;
+  std::vector<SketchHead> views_;
+};
 
 // K and V of one head, as a layer of one.
 int64_t encode(const AnyArray& keys, const AnyArray& values, const std::string& storage, int eight,
@@ -153,9 +169,12 @@ void bind_sketch(nb::module_& module) {
              nb::arg("tail").none(), nb::arg("sums"),
              "The bare scan: fills ids and scores of codes above a threshold and, with `tail`, the "
              "summed weights of the others; returns how many were found.");
-  module.def("attend_sketch", &attend, nb::arg("keys"), nb::arg("values"), nb::arg("storage"),
-             nb::arg("heads"), nb::arg("entries"), nb::arg("scale"), nb::arg("softcap"),
-             nb::arg("want_selected"), "Each entry's budget over the keys the sketch finds.");
+  nb::class_<SketchLayer>(module, "SketchLayer", "K, V and sketches of a layer, checked.")
+      .def(nb::init<AnyArray, AnyArray, const std::string&, std::vector<HeadTuple>>(),
+           nb::arg("keys"), nb::arg("values"), nb::arg("storage"), nb::arg("heads"))
+      .def("attend", &SketchLayer::attend, nb::arg("entries"), nb::arg("scale"),
+           nb::arg("softcap"), nb::arg("want_selected"),
+           "Each entry's budget over the keys the sketches find: (figures, selected).");
 }
 
 }  // namespace longreach

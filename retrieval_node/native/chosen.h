@@ -17,10 +17,10 @@ struct HeadFigures {
   int64_t sketched;   // keys scored by their code
   int64_t attended;   // keys in the softmax of at least one query head of the group
   int64_t tail_rows;  // value summaries read by the tail estimate
+  int64_t code_bytes;
   int64_t search_ns;
   int64_t attend_ns;
 };
-constexpr int kFigures = 6;
 
 // AttentionRows with a budget. `logit_floor` is null or [rows, heads, group]. figures [rows,
 // heads]. `selected` is null or has a list of keys for each (row, head, query head).

@@ -6,6 +6,7 @@
 
 #include "beam.h"
 #include "graph.h"
+#include "prefetch.h"
 
 namespace longreach {
 
@@ -82,11 +83,11 @@ class GroupSearch {
       while (key >= 0 && !expanded_.add(key)) key = beams_[g].pop();
       if (key < 0) continue;
       round_.push_back(key);
-      __builtin_prefetch(graph_->offsets + key);
+      prefetch(graph_->offsets + key);
     }
     for (const int32_t key : round_)
       for (int64_t e = graph_->offsets[key]; e < graph_->offsets[key + 1]; e += kEdgesPerLine)
-        __builtin_prefetch(graph_->edges + e);
+        prefetch(graph_->edges + e);
   }
 
   void gather_fresh(int32_t key) {

@@ -100,6 +100,7 @@ void attend_heads(const KernelTable& k, const SketchHead& sketch, const HeadTask
   HeadFigures& figures = task.figures();
   search.run(k, sketch, task);
   figures.sketched += search.keys_sketched();
+  figures.code_bytes += search.keys_sketched() * sketch.format.key_bytes();
   figures.scanned += search.candidates().count;
   if (search.everything() && may_use_all(task.entry->budget)) {
     figures.search_ns += watch.lap();

@@ -1,5 +1,6 @@
 // Code kernels with AVX2: vpmaddubsw multiplies and adds pairs into 16 bits. Its sums saturate for
 // 8-bit codes, so those are split into nibbles; the high ones join the 4-bit part.
+#include "prefetch.h"
 #include "tiers/codes.h"
 #include "tiers/simd_avx2.h"
 #include "tiers/vector_kernels.h"
@@ -9,6 +10,7 @@ namespace avx2 {
 namespace {
 
 constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kBlocksAhead = 8;  // blocks of a sample to prefetch
 constexpr int kHalfKeys = kCodeKeys / 2;  // eight keys of four bytes fill a vector
 // A pair adds at most 2 * 15 * 127 = 3810 in magnitude, so eight fit in 16 bits.
 constexpr int kPairsBeforeOverflow = 8;
@@ -108,7 +110,7 @@ void scan(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64
       const uint8_t* block = codes + id / kCodeKeys * block_bytes;
       if (part % 2 == 0)
         for (int64_t at = 0; at < block_bytes; at += 64)
-          __builtin_prefetch(block + kPrefetchBytes + at);
+          prefetch(block + kPrefetchBytes + at);
       __m256i scores[Heads];
       score_half<Heads, Fit>(block, queries.format, weights, part % 2, scores);
       __m256i above = _mm256_setzero_si256();
@@ -142,15 +144,18 @@ void scan_fitting(const uint8_t* codes, const CodeQueries& queries, int64_t firs
     scan<Heads, false, Fit>(codes, queries, first, stop, thresholds, hits, nullptr);
 }
 
-template <int Heads>
+template <int Heads, bool Fit>
 void scores_of(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t step,
                int64_t count, int32_t* out) {
+  const int64_t block_bytes = queries.format.block_bytes();
   const WideWeights<Heads> weights(queries);
   for (int64_t i = 0; i < count; ++i) {
-    const uint8_t* block = codes + (first + i * step) * queries.format.block_bytes();
+    const uint8_t* block = codes + (first + i * step) * block_bytes;
+    const uint8_t* later = block + kBlocksAhead * step * block_bytes;
+    for (int64_t at = 0; at < block_bytes; at += 64) prefetch(later + at);
     for (int half = 0; half < 2; ++half) {
       __m256i scores[Heads];
-      score_half<Heads, false>(block, queries.format, weights, half, scores);
+      score_half<Heads, Fit>(block, queries.format, weights, half, scores);
       for (int h = 0; h < Heads; ++h) {
         int32_t* place = out + (h * count + i) * kCodeKeys + half * kHalfKeys;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), scores[h]);
@@ -163,8 +168,13 @@ void scores_of(const uint8_t* codes, const CodeQueries& queries, int64_t first, 
 
 void code_scores(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64_t step,
                  int64_t count, int32_t* out) {
+  const bool fit = nibbles_fit(queries);
   vector::with_heads(queries.heads, [&](auto heads) {
-    scores_of<decltype(heads)::kValue>(codes, queries, first, step, count, out);
+    constexpr int kHeads = decltype(heads)::kValue;
+    if (fit)
+      scores_of<kHeads, true>(codes, queries, first, step, count, out);
+    else
+      scores_of<kHeads, false>(codes, queries, first, step, count, out);
   });
 }
 

@@ -1,4 +1,5 @@
 // Code kernels with VNNI: four dimensions of sixteen keys per instruction.
+#include "prefetch.h"
 #include "tiers/codes.h"
 #include "tiers/simd_avx512.h"
 #include "tiers/vector_kernels.h"
@@ -57,7 +58,7 @@ void scan(const uint8_t* codes, const CodeQueries& queries, int64_t first, int64
     for (int h = 0; h < Heads; ++h) sums[h] = _mm512_setzero_ps();
     for (int part = 0; part < kSummaryKeys / kCodeKeys; ++part, block += block_bytes) {
       for (int64_t at = 0; at < block_bytes; at += 64)
-        __builtin_prefetch(block + kPrefetchBytes + at);
+        prefetch(block + kPrefetchBytes + at);
       __m512i scores[Heads];
       score_block<Heads>(block, queries, scores);
       __mmask16 hit = 0;
@@ -84,7 +85,7 @@ void scores_of(const uint8_t* codes, const CodeQueries& queries, int64_t first, 
     const uint8_t* block = codes + (first + i * step) * queries.format.block_bytes();
     const uint8_t* later = block + 8 * step * queries.format.block_bytes();
     for (int64_t at = 0; at < queries.format.block_bytes(); at += 64)
-      __builtin_prefetch(later + at);
+      prefetch(later + at);
     __m512i scores[Heads];
     score_block<Heads>(block, queries, scores);
     for (int h = 0; h < Heads; ++h)

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "prefetch.h"
 
 namespace longreach {
 namespace vector {
@@ -23,7 +24,7 @@ template <class S, class T>
 inline void prefetch_row(const Rows& rows, int64_t index) {
   const char* p = reinterpret_cast<const char*>(rows.row<T>(index));
   for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64)
-    __builtin_prefetch(p + at);
+    prefetch(p + at);
 }
 
 // Prefetches the row that will be read a little after row i.
@@ -42,7 +43,7 @@ inline void prefetch_upcoming(const RowChoice& choice, int64_t i) {
   const Rows& rows = *choice.upcoming;
   const char* p = reinterpret_cast<const char*>(rows.row<T>(choice.upcoming_first + i));
   for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64)
-    __builtin_prefetch(p + at, 0, 2);
+    prefetch_second(p + at);
 }
 
 template <class S, class T>
@@ -248,15 +249,26 @@ void softmax_step(float* logits, int64_t count, int lanes, float* highest, float
 
 // ---- values -------------------------------------------------------------------------------------
 
-// Four rows of sums over `Vectors` vectors of the value, for all keys of the choice.
+// Rows of values that are summed before the next are read: each is read once per few columns, which
+// must find it in the first-level cache.
+constexpr int64_t kRowsPerTurn = 64;
+
+// Rows [first, stop) of a choice.
+struct Turn {
+  int64_t first;
+  int64_t stop;
+};
+
+// Four rows of sums over `Vectors` vectors of the value, for the keys of one turn.
 template <class S, class T, int Vectors>
-inline void accumulate_columns(const Rows& values, const RowChoice& choice, const float* weights,
-                               int lanes, int column, bool prefetch, float* acc) {
+inline void accumulate_columns(const Rows& values, const RowChoice& choice, Turn turn,
+                               const float* weights, int lanes, int column, bool prefetch,
+                               float* acc) {
   typename S::F sums[kTile][Vectors];
   for (int r = 0; r < kTile; ++r)
     for (int v = 0; v < Vectors; ++v)
       sums[r][v] = S::load(acc + r * values.dim + column + v * S::kWidth);
-  for (int64_t i = 0; i < choice.count; ++i) {
+  for (int64_t i = turn.first; i < turn.stop; ++i) {
     if (prefetch) {
       prefetch_ahead<S, T>(values, choice, i);
       prefetch_upcoming<S, T>(choice, i);
@@ -276,12 +288,12 @@ inline void accumulate_columns(const Rows& values, const RowChoice& choice, cons
 
 // The last columns, fewer than a vector.
 template <class S, class T>
-inline void accumulate_rest(const Rows& values, const RowChoice& choice, const float* weights,
-                            int lanes, int column, float* acc) {
+inline void accumulate_rest(const Rows& values, const RowChoice& choice, Turn turn,
+                            const float* weights, int lanes, int column, float* acc) {
   const int left = values.dim - column;
   typename S::F sums[kTile];
   for (int r = 0; r < kTile; ++r) sums[r] = S::load_part(acc + r * values.dim + column, left);
-  for (int64_t i = 0; i < choice.count; ++i) {
+  for (int64_t i = turn.first; i < turn.stop; ++i) {
     const auto x = S::load_part(values.row<T>(row_index<S>(choice, i)) + column, left);
     for (int r = 0; r < kTile; ++r) sums[r] = S::fma(S::all(weights[i * lanes + r]), x, sums[r]);
   }
@@ -292,18 +304,22 @@ template <class S, class T>
 void accumulate_typed(const Rows& values, const RowChoice& choice, const float* weights, int lanes,
                       float* acc) {
   prefetch_first<S, T>(values, choice);
-  for (int r = 0; r < lanes; r += kTile) {
-    const float* w = weights + r;
-    float* sums = acc + r * values.dim;
-    const auto first = [&](int column) { return r == 0 && column == 0; };
-    int column = 0;
-    for (; column + S::kValueVectors * S::kWidth <= values.dim;
-         column += S::kValueVectors * S::kWidth)
-      accumulate_columns<S, T, S::kValueVectors>(values, choice, w, lanes, column, first(column),
-                                                 sums);
-    for (; column + S::kWidth <= values.dim; column += S::kWidth)
-      accumulate_columns<S, T, 1>(values, choice, w, lanes, column, first(column), sums);
-    if (column < values.dim) accumulate_rest<S, T>(values, choice, w, lanes, column, sums);
+  for (int64_t at = 0; at < choice.count; at += kRowsPerTurn) {
+    const Turn turn{at, at + kRowsPerTurn < choice.count ? at + kRowsPerTurn : choice.count};
+    for (int r = 0; r < lanes; r += kTile) {
+      const float* w = weights + r;
+      float* sums = acc + r * values.dim;
+      const auto first = [&](int column) { return r == 0 && column == 0; };
+      int column = 0;
+      for (; column + S::kValueVectors * S::kWidth <= values.dim;
+           column += S::kValueVectors * S::kWidth)
+        accumulate_columns<S, T, S::kValueVectors>(values, choice, turn, w, lanes, column,
+                                                   first(column), sums);
+      for (; column + S::kWidth <= values.dim; column += S::kWidth)
+        accumulate_columns<S, T, 1>(values, choice, turn, w, lanes, column, first(column), sums);
+      if (column < values.dim)
+        accumulate_rest<S, T>(values, choice, turn, w, lanes, column, sums);
+    }
   }
 }
 
