@@ -27,7 +27,9 @@ async def serve(config: CoordinatorConfig) -> None:
     if files is not None and files.identity is not None:
         config = dataclasses.replace(config, coordinator_id=files.identity.member_id)
     telemetry = Telemetry(config)
-    telemetry.begin("coordinator", config.name, files=files)
+    telemetry.begin(
+        "coordinator", config.name, files=files, trace_sample_share=config.trace_sample_share
+    )
     server = CoordinatorServer(config, files)
     cluster_metrics.observe(server.coordinator, asyncio.get_running_loop())
     address = await server.start()
@@ -39,9 +41,11 @@ async def serve(config: CoordinatorConfig) -> None:
 
 def main() -> int:
     """Runs the coordinator; returns 0 after a signal, 2 when it cannot start."""
-    configure()
     try:
-        asyncio.run(serve(read_config(CoordinatorConfig, "coordinator")))
+        configure(service="coordinator")
+        config = read_config(CoordinatorConfig, "coordinator")
+        configure(format=config.log_format)
+        asyncio.run(serve(config))
     except LongreachError as error:
         _log.error("%s", error)
         return 2

@@ -102,6 +102,11 @@ class CoordinatorConfig(KubernetesSettings, GatewaySettings, TelemetrySettings, 
     objective_itl_s: float = setting(
         0.1, "Mean seconds between two tokens that a request should take at most."
     )
+    trace_sample_share: float = setting(
+        0.01,
+        "Share of the requests that are traced where otlp_endpoint is set, 0 to 1; a request that "
+        "comes with a W3C trace context (traceparent) is traced when that says so.",
+    )
     drain_grace_s: float = setting(
         30.0, "Seconds that running generations may go on after SIGTERM."
     )
@@ -136,6 +141,10 @@ class CoordinatorConfig(KubernetesSettings, GatewaySettings, TelemetrySettings, 
         if self.failover_patience_s < 0:
             raise InvalidRequest(
                 f"failover_patience_s is {self.failover_patience_s}; it must be 0 or more"
+            )
+        if not 0 <= self.trace_sample_share <= 1:
+            raise InvalidRequest(
+                f"trace_sample_share is {self.trace_sample_share}; it must be in [0, 1]"
             )
         for name in ("objective_ttft_s", "objective_itl_s"):
             if getattr(self, name) <= 0:

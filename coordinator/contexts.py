@@ -43,6 +43,7 @@ from coordinator.settling import Settling
 from coordinator.sweeper import Sweeper
 from longreach.errors import Aborted, FailedPrecondition, LongreachError, Unavailable
 from longreach.steps import ModelInfo
+from longreach.telemetry import tracing
 from longreach.types import Identity, SessionInventory, Shard, ShardMap, Span, storage_dtype
 
 STORE_ATTEMPTS = 3
@@ -278,6 +279,21 @@ class Contexts:
 
     async def create(self, request: NewContext) -> AsyncGenerator[ContextProgress, None]:
         """Stores what a client sent; closing the iterator early drops it."""
+        span = tracing.begin("create context", request.traceparent)
+        with tracing.around(span):
+            async with contextlib.aclosing(self._create(request)) as progress:
+                async for each in progress:
+                    if span is not None:
+                        span.set(
+                            {
+                                "longreach.context.id": each.record.context_id,
+                                "longreach.context.tokens": each.record.tokens,
+                                "longreach.context.found": each.found,
+                            }
+                        )
+                    yield each
+
+    async def _create(self, request: NewContext) -> AsyncGenerator[ContextProgress, None]:
         check_new_context(request, policy_names())
         model = self._models.choose(request.model)
         token_ids = await self._models.encode(model, request.prompt, starts=True)

@@ -78,7 +78,7 @@ class WorkerPeer(Peer, Protocol):
     async def close_session(self, session_id: str, close_on_nodes: bool, epoch: int = 0) -> bool:
         """Ends a session, unless it is open under a newer epoch; whether it is open nowhere now."""
 
-    async def step(self, rows: Sequence[StepRow]) -> StepOutcome:
+    async def step(self, rows: Sequence[StepRow], *, traceparent: str = "") -> StepOutcome:
         """Runs one decode step."""
 
     async def status(self) -> WorkerStatus:

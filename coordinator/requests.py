@@ -33,13 +33,14 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class NewContext:
     """A context to store. `model` and `placement` may be empty: the served one, the planner's.
-    `replicas` 0 means the server's default."""
+    `replicas` 0 means the server's default. `traceparent` is the caller's W3C trace context."""
 
     prompt: Prompt
     model: str = ""
     name: str = ""
     placement: str = ""
     replicas: int = 0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Resume:
 @dataclass(frozen=True, slots=True)
 class GenerateParams:
     """A generation to run. `max_tokens` 0 and `budget` None take the server's defaults;
-    `min_coverage` 0 means 1."""
+    `min_coverage` 0 means 1. `traceparent` is the caller's W3C trace context, if it sent one."""
 
     prompt: Prompt
     model: str = ""
@@ -69,6 +70,7 @@ class GenerateParams:
     top_logprobs: int = 0
     request_id: str = ""
     resume: Resume | None = None
+    traceparent: str = ""
 
     @property
     def generated(self) -> tuple[int, ...]:

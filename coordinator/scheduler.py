@@ -8,6 +8,7 @@ answered, because it needs its tokens.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from coordinator.failover import WORKER_LOST
 from coordinator.generation import Generation, Token
 from coordinator.pacing import QuestionPace
+from coordinator.request_trace import RequestTrace, begin_step, end_step
 from longreach.errors import DeadlineExceeded, Internal, LongreachError, Unavailable
 from longreach.steps import StepOutcome, StepRow, StepRowResult, WorkerStatus
 
@@ -33,8 +35,9 @@ OnToken = Callable[[Token], None]
 class StepRunner(Protocol):
     """What a decode loop needs of a worker."""
 
-    async def step(self, rows: Sequence[StepRow]) -> StepOutcome:
-        """Runs one step; raises Unavailable when the worker is lost."""
+    async def step(self, rows: Sequence[StepRow], *, traceparent: str = "") -> StepOutcome:
+        """Runs one step; raises Unavailable when the worker is lost. `traceparent` names the span
+        of a step that is traced."""
 
     async def status(self) -> WorkerStatus:
         """What the worker holds; answered while a step runs."""
@@ -47,9 +50,12 @@ class SteppedAside(Exception):
 class _Seat:
     """A session in the loop. `left` resolves at a step boundary: no row of it is in flight."""
 
-    def __init__(self, generation: Generation, on_token: OnToken) -> None:
+    def __init__(
+        self, generation: Generation, on_token: OnToken, trace: RequestTrace | None
+    ) -> None:
         self.generation = generation
         self.on_token = on_token
+        self.trace = trace
         self.leaving = False
         self.aside = False
         self.left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -79,15 +85,18 @@ class DecodeLoop:
         self._seats: dict[str, _Seat] = {}
         self._task: asyncio.Task[None] | None = None
 
-    async def run(self, generation: Generation, on_token: OnToken) -> None:
+    async def run(
+        self, generation: Generation, on_token: OnToken, trace: RequestTrace | None = None
+    ) -> None:
         """Feeds a generation until it finishes; raises what ended it otherwise.
 
         Cancelling leaves the loop at the next step boundary, then raises CancelledError.
         """
-        seat = _Seat(generation, on_token)
+        seat = _Seat(generation, on_token, trace)
         self._seats[generation.session_id] = seat
         if self._task is None:
-            self._task = asyncio.create_task(self._steps())
+            # The loop outlives this session: it must not seem to be its work in logs.
+            self._task = asyncio.create_task(self._steps(), context=contextvars.Context())
         try:
             await asyncio.shield(seat.left)
         except asyncio.CancelledError:
@@ -114,7 +123,7 @@ class DecodeLoop:
             while self._seats:
                 rows = self._gather()
                 if rows:
-                    outcome = await self._step(list(rows.values()))
+                    outcome = await self._traced_step(rows)
                     self._dispatch(rows, outcome)
                 for seat in [s for s in self._seats.values() if s.leaving]:
                     self._leave(seat, SteppedAside() if seat.aside else None)
@@ -127,9 +136,23 @@ class DecodeLoop:
             _log.exception("the decode loop failed")
             self._lost(Internal(f"the decode loop failed with {type(problem).__name__}"))
 
-    async def _step(self, rows: Sequence[StepRow]) -> StepOutcome:
+    async def _traced_step(self, rows: dict[str, StepRow]) -> StepOutcome:
+        """One step, with a span where one of its generations is traced."""
+        asked = list(rows.values())
+        traces = [trace for name in rows if (trace := self._seats[name].trace) is not None]
+        span = begin_step(traces, asked) if traces else None
+        if span is None:
+            return await self._step(asked)
+        outcome: StepOutcome | None = None
+        try:
+            outcome = await self._step(asked, span.traceparent)
+            return outcome
+        finally:
+            end_step(span, outcome)
+
+    async def _step(self, rows: Sequence[StepRow], traceparent: str = "") -> StepOutcome:
         """One step; raises Unavailable when the worker does not answer."""
-        step = asyncio.ensure_future(self._worker.step(rows))
+        step = asyncio.ensure_future(self._worker.step(rows, traceparent=traceparent))
         give_up = self._clock() + STEP_S_MAX
         try:
             while not (await asyncio.wait([step], timeout=LOOK_AFTER_S))[0]:

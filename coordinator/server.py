@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -120,7 +121,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         call: Call,
     ) -> AsyncIterator[generation_pb2.CreateContextResponse]:
         """Stores a context."""
-        new_context = await _new_context(requests, self._config.max_context_bytes)
+        new_context = dataclasses.replace(
+            await _new_context(requests, self._config.max_context_bytes),
+            traceparent=_traceparent(call),
+        )
         async with contextlib.aclosing(self._coordinator.contexts.create(new_context)) as progress:
             async for each in progress:
                 yield generation_pb2.CreateContextResponse(
@@ -160,7 +164,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, call: Call
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Generates tokens."""
-        params = _generate_params(request)
+        params = _generate_params(request, _traceparent(call))
         async with contextlib.aclosing(self._coordinator.sessions.generate(params)) as events:
             async for event in events:
                 yield _generate_response(params.request_id, event)
@@ -320,7 +324,12 @@ async def _new_context(
     return NewContext(prompt, options.model, options.name, options.placement, options.replicas)
 
 
-def _generate_params(request: generation_pb2.GenerateRequest) -> GenerateParams:
+def _traceparent(call: Call) -> str:
+    """The caller's W3C trace context; empty where it sent none."""
+    return next((str(v) for k, v in call.invocation_metadata() or () if k == "traceparent"), "")
+
+
+def _generate_params(request: generation_pb2.GenerateRequest, traceparent: str) -> GenerateParams:
     by_ids = request.WhichOneof("prompt") == "tokens"
     return GenerateParams(
         prompt=Prompt(token_ids=tuple(request.tokens.ids)) if by_ids else Prompt(request.text),
@@ -343,6 +352,7 @@ def _generate_params(request: generation_pb2.GenerateRequest) -> GenerateParams:
             if request.HasField("resume")
             else None
         ),
+        traceparent=traceparent,
     )
 
 

@@ -33,6 +33,7 @@ from coordinator.models import Models
 from coordinator.orphans import Orphans, SessionNames
 from coordinator.pacing import QuestionPace
 from coordinator.request_metrics import Objectives, RequestMetrics
+from coordinator.request_trace import RequestTrace
 from coordinator.requests import GenerateParams
 from coordinator.scheduler import DecodeLoop, SteppedAside
 from coordinator.session_plan import Plan, Planner
@@ -46,6 +47,7 @@ from longreach.errors import (
     StaleEpoch,
     Unavailable,
 )
+from longreach.telemetry import scope, tracing
 from longreach.types import ShardMap
 
 # A worker that does not close a session in this time is lost, or about to be found lost.
@@ -66,8 +68,16 @@ class _Session:
     sits in. A session that was `superseded` leaves its nodes to whoever took it over.
     """
 
-    def __init__(self, plan: Plan, course: Course, arrived: float, metrics: RequestMetrics) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        course: Course,
+        arrived: float,
+        metrics: RequestMetrics,
+        trace: RequestTrace | None,
+    ) -> None:
         self.plan = plan
+        self.trace = trace
         self.metrics = metrics
         self.course = course
         self.arrived = arrived
@@ -91,6 +101,11 @@ class _Session:
     def session_id(self) -> str:
         """Unique in the cluster."""
         return self.record.session_id
+
+    @property
+    def traceparent(self) -> str:
+        """The span of the request; empty where it is not traced."""
+        return self.trace.traceparent if self.trace is not None else ""
 
     @property
     def resumed(self) -> int:
@@ -173,27 +188,35 @@ class Sessions:
 
         Raises what went wrong: InvalidRequest, NotFound, ResourceExhausted, Unavailable, ...
         """
+        trace = RequestTrace.begin(params)
         ended = False
         try:
-            async with contextlib.aclosing(self._generate(params)) as events:
+            async with contextlib.aclosing(self._generate(params, trace)) as events:
                 async for event in events:
                     ended = isinstance(event, Summary)
                     yield event
         except BaseException as error:
             if not ended:  # whoever has the summary may close at once
                 request_metrics.failed(error)
+                if trace is not None:
+                    trace.failed(error)
             raise
 
     async def _generate(
-        self, params: GenerateParams
+        self, params: GenerateParams, trace: RequestTrace | None
     ) -> AsyncGenerator[tuple[Token, ...] | Summary, None]:
         arrived = time.monotonic()
-        plan = await self._planner.plan(params)
+        parent = trace.traceparent if trace is not None else ""
+        with scope.entered(parent, request_id=params.request_id), tracing.part("plan", parent):
+            plan = await self._planner.plan(params)
+        if trace is not None:
+            trace.planned(plan)
         await self._end_earlier_attempt(plan)
         metrics = RequestMetrics(
             plan.model.model, arrived, self._objectives, resumed=bool(params.generated)
         )
-        session = _Session(plan, Course(self._config.failover_patience_s), arrived, metrics)
+        course = Course(self._config.failover_patience_s)
+        session = _Session(plan, course, arrived, metrics, trace)
         self._sessions[session.session_id] = session
         session.task = asyncio.create_task(self._run(session))
         session.task.add_done_callback(lambda _: self._gone(session))
@@ -209,6 +232,8 @@ class Sessions:
         if isinstance(end, LongreachError):
             raise end
         metrics.finished(end, time.monotonic())
+        if trace is not None:
+            trace.finished(plan, end)
         yield end
 
     async def abort_context(self, context_id: str, error: LongreachError) -> None:
@@ -302,6 +327,12 @@ class Sessions:
             await asyncio.wait([earlier.task], timeout=SUPERSEDE_TIMEOUT_S)
 
     async def _run(self, session: _Session) -> None:
+        scope.enter(
+            session.traceparent,
+            request_id=session.plan.params.request_id,
+            session_id=session.session_id,
+            context_id=session.record.context_id,
+        )
         try:
             try:
                 if session.generation.finish_reason is None:
@@ -310,6 +341,11 @@ class Sessions:
                 session.metrics.ended(session.generation)
                 self._leave_nothing(session)
             summary = await self._summary(session)
+            _log.info(
+                "generation ended (%s): %d tokens, the first after %.3f s, then %.4f s each",
+                *(summary.finish_reason.name.lower(), summary.completion_tokens),
+                *(summary.first_token_s, summary.per_token_s),
+            )
             # Last of all: who has the summary may rely on nothing being left behind.
             session.events.put_nowait(summary)
         except LongreachError as error:
@@ -324,7 +360,8 @@ class Sessions:
         """Feeds the generation until it ends, on one worker after another where need be."""
         prefer = self._contexts.last_worker(session.record.context_id)
         while True:
-            worker_id = await self._slot(session, prefer)
+            with tracing.part("wait for a slot", session.traceparent):
+                worker_id = await self._slot(session, prefer)
             granted = time.monotonic()
             session.holds_slot = True
             pause_s: float | None = None
@@ -386,21 +423,22 @@ class Sessions:
         session.generation.stand_at(stop, self._window(worker_id))
         session.loop = self._loop(worker_id, worker)
         try:
-            await session.loop.run(session.generation, session.take)
+            await session.loop.run(session.generation, session.take, session.trace)
         finally:
             session.loop = None
 
     async def _open(self, session: _Session, worker: WorkerPeer) -> tuple[int, int]:
         plan, record = session.plan, session.record
         session.shard_map = self._shard_map(session)
-        return await worker.open_session(
-            record,
-            plan.identity,
-            session.shard_map,
-            self._driver.read_capability(record),
-            plan.budget,
-            plan.params.min_coverage or 1.0,
-        )
+        with tracing.part("open session", session.traceparent):
+            return await worker.open_session(
+                record,
+                plan.identity,
+                session.shard_map,
+                self._driver.read_capability(record),
+                plan.budget,
+                plan.params.min_coverage or 1.0,
+            )
 
     def _shard_map(self, session: _Session) -> ShardMap:
         """Where the session's KV lives now. A tail without a context is placed anew when a node of

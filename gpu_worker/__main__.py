@@ -92,9 +92,11 @@ def _await_hand_over(engine: Engine) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the configuration and runs; returns the exit status."""
-    configure()
     try:
-        run(read_config(WorkerConfig, "gpu_worker", argv))
+        configure(service="worker")
+        config = read_config(WorkerConfig, "gpu_worker", argv)
+        configure(format=config.log_format)
+        run(config)
     except LongreachError as error:
         _LOG.error("%s", error.message)
         return 2

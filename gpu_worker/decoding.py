@@ -20,6 +20,7 @@ from gpu_worker.resident import LocalSlab
 from gpu_worker.sampling import MAX_TOP_LOGPROBS, Drawn, sample
 from gpu_worker.session import Session
 from gpu_worker.step import Run, Step
+from gpu_worker.step_trace import StepTrace
 from longreach import telemetry
 from longreach.errors import (
     FailedPrecondition,
@@ -62,7 +63,7 @@ class Decoder:
         self._append_timeout_s = append_timeout_s
         self.sessions: dict[str, Session] = {}
 
-    def step(self, rows: Sequence[StepRow]) -> StepOutcome:
+    def step(self, rows: Sequence[StepRow], trace: StepTrace | None = None) -> StepOutcome:
         """Feeds the rows in one forward pass; results in their order, errors in the results."""
         started = time.perf_counter()
         results: dict[int, StepRowResult] = {}
@@ -76,7 +77,7 @@ class Decoder:
                 results[number] = self._refusal(row.session_id, error)
         timing = StepTiming()
         if runs:
-            timing = self._run(rows, runs, results, started)
+            timing = self._run(rows, runs, results, started, trace)
             _STEP_SECONDS.record(timing.total_s)
             _STEP_ROWS.add(sum(len(run.token_ids) for run in runs.values()))
         return StepOutcome(tuple(results[i] for i in range(len(rows))), timing)
@@ -149,9 +150,10 @@ class Decoder:
         runs: dict[int, Run],
         results: dict[int, StepRowResult],
         started: float,
+        trace: StepTrace | None,
     ) -> StepTiming:
         deadline = time.monotonic() + self._step_deadline_s
-        step = Step(tuple(runs.values()), self._slab, self._retriever, deadline)
+        step = Step(tuple(runs.values()), self._slab, self._retriever, deadline, trace)
         logits = self._forward(step)
         forwarded = time.perf_counter()
         wanted = {runs[i].session.session_id: rows[i] for i in runs}

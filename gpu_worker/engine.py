@@ -31,6 +31,7 @@ from gpu_worker.routes import plan_route
 from gpu_worker.sampling import check_sampling
 from gpu_worker.scheduler import DeviceThread
 from gpu_worker.session import Session
+from gpu_worker.step_trace import traced_step
 from longreach.errors import IdentityMismatch, InvalidRequest, PermissionDenied, StaleEpoch
 from longreach.rpc.retrieval import AppendStream, AttendStream, NodeClient
 from longreach.rpc.tls import ChannelTls
@@ -196,13 +197,14 @@ class Engine:
             return False
         return self._opener.close(nodes) if close_on_nodes else True
 
-    def step(self, rows: Sequence[StepRow]) -> StepOutcome:
+    def step(self, rows: Sequence[StepRow], traceparent: str = "") -> StepOutcome:
         """Feeds rows of many sessions in one forward pass; failures are in the results."""
         asked = time.perf_counter()
 
         def work() -> StepOutcome:
             queued_s = time.perf_counter() - asked
-            outcome = self._decoder.step(rows)
+            with traced_step(traceparent, queued_s) as trace:
+                outcome = self._decoder.step(rows, trace)
             return replace(outcome, timing=replace(outcome.timing, queue_s=queued_s))
 
         return self._device.call(work).result()

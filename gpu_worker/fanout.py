@@ -111,6 +111,7 @@ class FanOut:
         scale: float,
         softcap: float,
         deadline: float,
+        traceparent: str = "",
     ) -> _InFlight:
         """Writes one message to each node that holds some of the scopes."""
         group = self.layers[layer].group
@@ -123,7 +124,7 @@ class FanOut:
                     start, stop = piece.kv_head_start * group, piece.kv_head_stop * group
                     part = asked.queries[:, start:stop]
                     asks.append(Ask(number, session, asked, piece, scope, start, part))
-        flight = _InFlight(self, layer, scale, softcap, deadline, len(queries), asks)
+        flight = _InFlight(self, layer, scale, softcap, deadline, traceparent, len(queries), asks)
         flight.write(asks)
         return flight
 
@@ -271,6 +272,7 @@ class _InFlight:
         scale: float,
         softcap: float,
         deadline: float,
+        traceparent: str,
         sessions: int,
         asks: list[Ask],
     ) -> None:
@@ -279,6 +281,7 @@ class _InFlight:
         self._scale = scale
         self._softcap = softcap
         self._deadline = deadline
+        self._traceparent = traceparent
         self._sessions = sessions
         self._asks = asks
         self._messages: list[Message] = []
@@ -349,7 +352,9 @@ class _InFlight:
         remaining_s = max(0.0, self._deadline - now)
         timeout_s = remaining_s if patience_s is None else min(remaining_s, patience_s)
         try:
-            request = wire.attend_request(request_id, self._layer, rows, self._scale, self._softcap)
+            request = wire.attend_request(
+                request_id, self._layer, rows, self._scale, self._softcap, self._traceparent
+            )
             stream = self._fanout.stream(message.address)
             reply = stream.submit(
                 request, timeout_s, functools.partial(self._fanout.arrived, message)

@@ -6,6 +6,8 @@ short work in at its own safe points, by calling `run_pending` from within.
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import queue
 import threading
 import time
@@ -65,7 +67,8 @@ class DeviceThread:
         if self._stopping.is_set():
             future.set_exception(_stopped())
             return future
-        where.put((future, work))
+        # In the caller's context, so that logs say whose work it is.
+        where.put((future, functools.partial(contextvars.copy_context().run, work)))
         self._wake.release()
         return future
 

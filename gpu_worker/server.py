@@ -21,6 +21,7 @@ from longreach.rpc.tls import open_port
 from longreach.security.peers import Role
 from longreach.security.tls import TlsFiles
 from longreach.steps import StepOutcome, StepRowResult, StepTiming
+from longreach.telemetry import scope, tracing
 from longreach.v1 import worker_pb2 as pb
 from longreach.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 
@@ -55,22 +56,31 @@ class WorkerServer(WorkerServiceServicer):
             frozenset(request.shard_ids),
             request.place_capability,
         )
-        for progress in self._engine.prefill(to, tuple(request.token_ids), cancelled):
-            yield wire.prefill_progress_to_proto(progress)
+        with (
+            scope.entered(context_id=request.context_id),
+            tracing.part("prefill", request.traceparent),
+        ):
+            for progress in self._engine.prefill(to, tuple(request.token_ids), cancelled):
+                yield wire.prefill_progress_to_proto(progress)
 
     @map_errors
     def OpenSession(  # noqa: N802
         self, request: pb.WorkerServiceOpenSessionRequest, context: grpc.ServicerContext
     ) -> pb.WorkerServiceOpenSessionResponse:
         """Opens a session on its nodes and reads its resident set back."""
-        stop, resident_bytes = self._engine.open_session(
-            wire.session_record_from_proto(request.record),
-            wire.identity_from_proto(request.identity),
-            wire.shard_map_from_proto(request.shard_map),
-            request.capability,
-            wire.budget_from_proto(request.budget),
-            request.min_coverage,
-        )
+        record = wire.session_record_from_proto(request.record)
+        with (
+            scope.entered(session_id=record.session_id, context_id=record.context_id),
+            tracing.part("open session on nodes", request.traceparent),
+        ):
+            stop, resident_bytes = self._engine.open_session(
+                record,
+                wire.identity_from_proto(request.identity),
+                wire.shard_map_from_proto(request.shard_map),
+                request.capability,
+                wire.budget_from_proto(request.budget),
+                request.min_coverage,
+            )
         return pb.WorkerServiceOpenSessionResponse(stop=stop, resident_bytes=resident_bytes)
 
     @map_errors
@@ -78,9 +88,10 @@ class WorkerServer(WorkerServiceServicer):
         self, request: pb.WorkerServiceCloseSessionRequest, context: grpc.ServicerContext
     ) -> pb.WorkerServiceCloseSessionResponse:
         """Ends a session here and, when asked, on its nodes."""
-        closed = self._engine.close_session(
-            request.session_id, request.close_on_nodes, request.epoch
-        )
+        with scope.entered(session_id=request.session_id):
+            closed = self._engine.close_session(
+                request.session_id, request.close_on_nodes, request.epoch
+            )
         return pb.WorkerServiceCloseSessionResponse(closed=closed)
 
     @map_errors
@@ -96,7 +107,7 @@ class WorkerServer(WorkerServiceServicer):
                 refused = (StepRowResult(row.session_id, error=error) for row in request.rows)
                 outcome = StepOutcome(tuple(refused), StepTiming())
             else:
-                outcome = self._engine.step(rows)
+                outcome = self._engine.step(rows, request.traceparent)
             yield wire.step_outcome_to_proto(outcome, request.step_id)
 
     @map_errors

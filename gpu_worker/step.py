@@ -20,6 +20,7 @@ from gpu_worker.methods.retrieval import attend_layer
 from gpu_worker.model import Model
 from gpu_worker.resident import LocalSlab
 from gpu_worker.session import Session
+from gpu_worker.step_trace import StepTrace
 from longreach.errors import CoverageTooLow, LongreachError, StaleEpoch
 from longreach.types import Span, StorageArray, WorkFigures
 
@@ -75,12 +76,18 @@ class Step:
     """Packed rows, their local attention and the KV they made."""
 
     def __init__(
-        self, runs: Sequence[Run], slab: LocalSlab, retriever: Retriever, deadline: float
+        self,
+        runs: Sequence[Run],
+        slab: LocalSlab,
+        retriever: Retriever,
+        deadline: float,
+        trace: StepTrace | None = None,
     ) -> None:
         self.runs = sorted(runs, key=lambda run: (len(run.token_ids), run.session.slot))
         self.slab = slab
         self.retriever = retriever
         self.deadline = deadline
+        self.trace = trace
         self.clock = StepClock()
         self.new_kv: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._groups = _pack(self.runs)

@@ -141,9 +141,11 @@ def _repeat(work: Callable[[], None], stopping: threading.Event) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the configuration and runs; returns the exit status."""
-    configure()
     try:
-        run(read_config(NodeConfig, "retrieval_node", argv))
+        configure(service="node")
+        config = read_config(NodeConfig, "retrieval_node", argv)
+        configure(format=config.log_format)
+        run(config)
     except LongreachError as error:
         _LOG.error("%s", error.message)
         return 2

@@ -22,6 +22,7 @@ from longreach.rpc.status import map_errors
 from longreach.rpc.tls import ChannelTls, open_port
 from longreach.security.peers import PeerIdentity, Role
 from longreach.security.tls import TlsFiles
+from longreach.telemetry import scope, tracing
 from longreach.types import AttendResult, AttendRows
 from longreach.v1 import retrieval_pb2 as pb
 from longreach.v1.retrieval_pb2_grpc import (
@@ -29,6 +30,7 @@ from longreach.v1.retrieval_pb2_grpc import (
     add_RetrievalServiceServicer_to_server,
 )
 from retrieval_node.attend import Attended
+from retrieval_node.attend_trace import attend_attributes
 from retrieval_node.copying import Bandwidth, Copier
 from retrieval_node.store import PutStream, Store
 
@@ -60,7 +62,10 @@ class RetrievalServer(RetrievalServiceServicer):
         first = next(request_iterator, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidRequest("a Put begins with a header that names the shard")
-        with self._begin_put(first.header) as put:
+        with (
+            scope.entered(context_id=first.header.context_id),
+            self._begin_put(first.header) as put,
+        ):
             for message in request_iterator:
                 part = message.WhichOneof("part")
                 if part == "block":
@@ -86,9 +91,10 @@ class RetrievalServer(RetrievalServiceServicer):
         token_ids = wire.tensor_from_proto(
             request.token_ids, name="token_ids [span]", shape=(None,), dtype=np.dtype("<i4")
         )
-        checksum, stored = self._store.seal(
-            request.context_id, request.shard_id, request.capability, token_ids
-        )
+        with scope.entered(context_id=request.context_id):
+            checksum, stored = self._store.seal(
+                request.context_id, request.shard_id, request.capability, token_ids
+            )
         return pb.SealResponse(checksum=checksum, bytes_stored=stored)
 
     @map_errors
@@ -96,13 +102,15 @@ class RetrievalServer(RetrievalServiceServicer):
         self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
     ) -> pb.OpenSessionResponse:
         """Opens, reopens or takes over a session."""
-        handle, stop = self._store.open_session(
-            request.capability,
-            wire.session_record_from_proto(request.record),
-            wire.identity_from_proto(request.identity),
-            [wire.shard_from_proto(each) for each in request.tail_shards],
-            [wire.geometry_from_proto(each) for each in request.layers],
-        )
+        record = wire.session_record_from_proto(request.record)
+        with scope.entered(session_id=record.session_id, context_id=record.context_id):
+            handle, stop = self._store.open_session(
+                request.capability,
+                record,
+                wire.identity_from_proto(request.identity),
+                [wire.shard_from_proto(each) for each in request.tail_shards],
+                [wire.geometry_from_proto(each) for each in request.layers],
+            )
         return pb.OpenSessionResponse(handle=handle, stop=stop)
 
     @map_errors
@@ -145,8 +153,14 @@ class RetrievalServer(RetrievalServiceServicer):
 
     def _answered(self, request: pb.AttendRequest, began: float) -> pb.AttendResponse:
         rows = wire.attend_rows_from_proto(request)
-        attended = self._store.attend(request.layer, rows, request.scale, request.softcap)
-        return _attend_response(request.request_id, rows, attended, began)
+        if not request.traceparent:
+            attended = self._store.attend(request.layer, rows, request.scale, request.softcap)
+            return _attend_response(request.request_id, rows, attended, began)
+        with tracing.part("attend", request.traceparent) as span:
+            attended = self._store.attend(request.layer, rows, request.scale, request.softcap)
+            if span is not None:
+                span.set(attend_attributes(request.layer, attended))
+            return _attend_response(request.request_id, rows, attended, began)
 
     @map_errors
     def Append(  # noqa: N802

@@ -131,9 +131,11 @@ class Gateway:
         return dataclasses.replace(wanted, params=dataclasses.replace(wanted.params, prompt=prompt))
 
     async def _answer(self, request: web.Request, wanted: Completion) -> web.StreamResponse:
+        traceparent = request.headers.get("traceparent", "")
+        params = dataclasses.replace(wanted.params, traceparent=traceparent)
         name = wanted.params.model or self._models.choose("").model
         answer = Answer(wanted, name, int(time.time()))
-        async with contextlib.aclosing(self._generate(wanted.params)) as events:
+        async with contextlib.aclosing(self._generate(params)) as events:
             # Whatever can be refused is refused with a status, before a stream begins.
             first = await anext(events)
             if wanted.stream:

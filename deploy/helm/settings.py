@@ -34,7 +34,7 @@ SERVICES: dict[str, type] = {
 }
 
 _TLS = {"tls_cert", "tls_key", "tls_ca", "health_listen"}
-_TELEMETRY = {"metrics_listen", "otlp_endpoint"}
+_TELEMETRY = {"metrics_listen", "otlp_endpoint", "log_format"}
 _EVERYWHERE = _TLS | _TELEMETRY | {"listen", "cluster_secret", "exit_with_parent"}
 _KUBERNETES = {field.name for field in dataclasses.fields(KubernetesSettings)}
 _MEMBER = {"advertise", "host", "coordinators"}

@@ -74,5 +74,7 @@ class Retriever(Protocol):
         scale: float,
         softcap: float,
         deadline: float,
+        traceparent: str = "",
     ) -> Ticket:
-        """Starts the work; `deadline` is on the clock of time.monotonic. Scopes are not empty."""
+        """Starts the work; `deadline` is on the clock of time.monotonic. Scopes are not empty.
+        `traceparent` is that of the span it belongs to, where the step is traced."""

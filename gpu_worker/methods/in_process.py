@@ -40,6 +40,7 @@ class InProcessRetriever:
         scale: float,
         softcap: float,
         deadline: float,
+        traceparent: str = "",
     ) -> _Done:
         """Attends at once."""
         return _Done([self._attend(layer, each, scale, softcap) for each in queries])

@@ -64,6 +64,7 @@ def _send(step: Step, layer: int, asking: list[Run], rows: torch.Tensor, call: L
         call.scale,
         call.softcap,
         step.deadline,
+        step.trace.layer(layer) if step.trace else "",
     )
 
 

@@ -15,6 +15,7 @@ from longreach.rpc.reply_stream import ReplyStream
 from longreach.rpc.status import error_from_rpc
 from longreach.rpc.tls import ChannelTls
 from longreach.steps import PrefillProgress, StepOutcome, StepRow, WorkerStatus
+from longreach.telemetry import scope
 from longreach.types import Budget, Identity, SessionRecord, ShardMap
 from longreach.v1 import worker_pb2 as pb
 from longreach.v1.worker_pb2_grpc import WorkerServiceStub
@@ -76,6 +77,7 @@ class WorkerClient:
                 capability=capability,
                 shard_ids=list(shard_ids),
                 place_capability=place_capability,
+                traceparent=scope.traceparent(),
             )
         )
         try:
@@ -103,6 +105,7 @@ class WorkerClient:
             capability=capability,
             budget=wire.budget_to_proto(budget),
             min_coverage=min_coverage,
+            traceparent=scope.traceparent(),
         )
         try:
             response = await self._stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
@@ -124,8 +127,11 @@ class WorkerClient:
         except grpc.RpcError as error:
             raise error_from_rpc(error, peer=self.address) from None
 
-    async def step(self, rows: Sequence[StepRow], timeout_s: float = math.inf) -> StepOutcome:
-        """Feeds the rows in one step; results in their order.
+    async def step(
+        self, rows: Sequence[StepRow], timeout_s: float = math.inf, *, traceparent: str = ""
+    ) -> StepOutcome:
+        """Feeds the rows in one step; results in their order. `traceparent` is that of the step's
+        span where the step is traced.
 
         Steps may be sent before earlier ones are answered. Raises Unavailable when the stream
         broke: whether the worker made the step is then unknown, and its sessions must be opened
@@ -133,7 +139,9 @@ class WorkerClient:
         """
         step_id = next(self._step_ids)
         request = pb.StepRequest(
-            step_id=step_id, rows=[wire.step_row_to_proto(row) for row in rows]
+            step_id=step_id,
+            rows=[wire.step_row_to_proto(row) for row in rows],
+            traceparent=traceparent,
         )
         return wire.step_outcome_from_proto(await self._steps.submit(step_id, request, timeout_s))
 

@@ -139,7 +139,7 @@ class AsyncClient:
         while True:
             coordinator = self._coordinator(retries)
             call = getattr(coordinator.stub, method)(
-                request, timeout=self._time(timeout_s), metadata=self._metadata
+                request, timeout=self._time(timeout_s), metadata=messages.traced(self._metadata)
             )
             try:
                 return await self._answer(coordinator, call)
@@ -279,7 +279,9 @@ class AsyncTokenStream(AsyncIterator[Token]):
         resumption = self._resumption
         self._at = self._client._coordinator(resumption.retries)
         self._call = self._at.stub.Generate(
-            resumption.request, timeout=resumption.timeout_s, metadata=self._client._metadata
+            resumption.request,
+            timeout=resumption.timeout_s,
+            metadata=messages.traced(self._client._metadata),
         )
 
     @property

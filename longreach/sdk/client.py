@@ -148,7 +148,7 @@ class Client:
             requests,
             peer=coordinator.address,
             timeout_s=self._time(timeout_s),
-            metadata=self._metadata,
+            metadata=messages.traced(self._metadata),
             watch=lambda cancel: self._watch(coordinator, cancel),
         )
 
@@ -167,7 +167,7 @@ class Client:
         self, coordinator: _Coordinator, method: str, request: Any, timeout_s: float | None
     ) -> Any:
         call = getattr(coordinator.stub, method).future(
-            request, timeout=self._time(timeout_s), metadata=self._metadata
+            request, timeout=self._time(timeout_s), metadata=messages.traced(self._metadata)
         )
         try:
             while True:
@@ -309,7 +309,9 @@ class TokenStream(Iterator[Token]):
         resumption = self._resumption
         self._at = self._client._coordinator(resumption.retries)
         self._call = self._at.stub.Generate(
-            resumption.request, timeout=resumption.timeout_s, metadata=self._client._metadata
+            resumption.request,
+            timeout=resumption.timeout_s,
+            metadata=messages.traced(self._client._metadata),
         )
         self._watch = self._client._watch(self._at, self._call.cancel)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -305,6 +306,17 @@ def index_timeout(context: models.Context, timeout_s: float) -> DeadlineExceeded
         f"the index of context {context.id} is {context.index_fraction:.0%} built after "
         f"{timeout_s:g} s; wait longer, or ask now: {context.index_kind or 'exact search'} answers"
     )
+
+
+def traced(metadata: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """With the W3C trace context of the span under way, in applications that use OpenTelemetry."""
+    if "opentelemetry.trace" not in sys.modules:
+        return metadata
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return (*metadata, *carrier.items())
 
 
 def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

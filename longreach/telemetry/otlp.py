@@ -1,7 +1,8 @@
-"""Metrics to an OTLP/gRPC collector.
+"""Metrics and spans to an OTLP/gRPC collector.
 
-The standard variables of OpenTelemetry hold: OTEL_METRIC_EXPORT_INTERVAL (milliseconds),
-OTEL_EXPORTER_OTLP_HEADERS, _CERTIFICATE, _CLIENT_KEY, _TIMEOUT and so on, OTEL_RESOURCE_ATTRIBUTES.
+The standard variables of OpenTelemetry hold: OTEL_METRIC_EXPORT_INTERVAL and
+OTEL_BSP_SCHEDULE_DELAY (milliseconds), OTEL_EXPORTER_OTLP_HEADERS, _CERTIFICATE, _CLIENT_KEY,
+_TIMEOUT and so on, OTEL_RESOURCE_ATTRIBUTES.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import time
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.metrics import export as otel
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 import longreach
@@ -68,6 +73,26 @@ class MetricsPush:
                 self._exporter.export(metrics_data(self._resource, self._began_ns))
             except Exception:
                 _log.exception("metrics were not sent")
+
+
+class SpansPush:
+    """Sends spans in batches. `share` of the requests that come without a trace context of their
+    own are sampled; a context that came along decides for the others."""
+
+    def __init__(self, endpoint: str, sender: Resource, share: float) -> None:
+        self._provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(share)),
+            resource=sender,
+            shutdown_on_exit=False,
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self.tracer = self._provider.get_tracer("longreach", longreach.__version__)
+
+    def stop(self) -> None:
+        """Sends what there is and ends, also when nobody listens."""
+        ending = threading.Thread(target=self._provider.shutdown, name="otlp-spans", daemon=True)
+        ending.start()
+        ending.join(STOP_TIMEOUT_S)
 
 
 def metrics_data(sender: Resource, began_ns: int) -> otel.MetricsData:

@@ -426,6 +426,7 @@ class AttendRequest(_message.Message):
     QUERIES_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     SOFTCAP_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Number of the request on its stream; the reply carries it."""
     layer: _builtins.int
@@ -434,6 +435,8 @@ class AttendRequest(_message.Message):
     """Factor on the dot product."""
     softcap: _builtins.float
     """Softcap of the logits, 0 for none: z = softcap * tanh(z / softcap)."""
+    traceparent: _builtins.str
+    """W3C trace context of the caller's span; empty where the step is not traced."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttendRows]:
         """Rows, by session."""
@@ -453,10 +456,11 @@ class AttendRequest(_message.Message):
         queries: _tensor_pb2.Tensor | None = ...,
         scale: _builtins.float = ...,
         softcap: _builtins.float = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["queries", b"queries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "queries", b"queries", "request_id", b"request_id", "rows", b"rows", "scale", b"scale", "softcap", b"softcap"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "queries", b"queries", "request_id", b"request_id", "rows", b"rows", "scale", b"scale", "softcap", b"softcap", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

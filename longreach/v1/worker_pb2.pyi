@@ -32,12 +32,15 @@ class PrefillRequest(_message.Message):
     CAPABILITY_FIELD_NUMBER: _builtins.int
     SHARD_IDS_FIELD_NUMBER: _builtins.int
     PLACE_CAPABILITY_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     context_id: _builtins.str
     """Context to fill."""
     capability: _builtins.bytes
     """Capability to write the context."""
     place_capability: _builtins.bytes
     """Capability to place the context; with `shard_ids`."""
+    traceparent: _builtins.str
+    """W3C trace context of the caller's span; empty where this is not traced."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids of the context."""
@@ -66,10 +69,11 @@ class PrefillRequest(_message.Message):
         capability: _builtins.bytes = ...,
         shard_ids: _abc.Iterable[_builtins.str] | None = ...,
         place_capability: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "shard_map", b"shard_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "context_id", b"context_id", "identity", b"identity", "place_capability", b"place_capability", "shard_ids", b"shard_ids", "shard_map", b"shard_map", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "context_id", b"context_id", "identity", b"identity", "place_capability", b"place_capability", "shard_ids", b"shard_ids", "shard_map", b"shard_map", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -193,10 +197,13 @@ class WorkerServiceOpenSessionRequest(_message.Message):
     CAPABILITY_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
     MIN_COVERAGE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     capability: _builtins.bytes
     """Capability for the session, signed by the coordinator."""
     min_coverage: _builtins.float
     """Lowest coverage the caller allows, in [0, 1]; 1 unless the caller said otherwise."""
+    traceparent: _builtins.str
+    """W3C trace context of the caller's span; empty where this is not traced."""
     @_builtins.property
     def record(self) -> _common_pb2.SessionRecord:
         """The session."""
@@ -222,10 +229,11 @@ class WorkerServiceOpenSessionRequest(_message.Message):
         capability: _builtins.bytes = ...,
         budget: _common_pb2.Budget | None = ...,
         min_coverage: _builtins.float = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "identity", b"identity", "record", b"record", "shard_map", b"shard_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "capability", b"capability", "identity", b"identity", "min_coverage", b"min_coverage", "record", b"record", "shard_map", b"shard_map"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "capability", b"capability", "identity", b"identity", "min_coverage", b"min_coverage", "record", b"record", "shard_map", b"shard_map", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -359,8 +367,11 @@ class StepRequest(_message.Message):
 
     STEP_ID_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     step_id: _builtins.int
     """Number of the step on its stream."""
+    traceparent: _builtins.str
+    """W3C trace context of the step's span; empty where the step is not traced."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepRow]:
         """Rows, by session."""
@@ -370,10 +381,11 @@ class StepRequest(_message.Message):
         *,
         step_id: _builtins.int = ...,
         rows: _abc.Iterable[Global___StepRow] | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "step_id", b"step_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "step_id", b"step_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,9 +61,15 @@ class NodeTiming:
 
 
 def attend_request(
-    request_id: int, layer: int, rows: Sequence[AttendRows], scale: float, softcap: float
+    request_id: int,
+    layer: int,
+    rows: Sequence[AttendRows],
+    scale: float,
+    softcap: float,
+    traceparent: str = "",
 ) -> retrieval_pb2.AttendRequest:
-    """The message for these rows of a layer; their queries share one dtype and head_dim."""
+    """The message for these rows of a layer; their queries share one dtype and head_dim.
+    `traceparent` is that of the span it belongs to, where the step is traced."""
     return retrieval_pb2.AttendRequest(
         request_id=request_id,
         layer=layer,
@@ -71,6 +77,7 @@ def attend_request(
         queries=tensor_to_proto(_stacked_queries(rows)),
         scale=scale,
         softcap=softcap,
+        traceparent=traceparent,
     )
 
 

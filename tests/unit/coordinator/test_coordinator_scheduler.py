@@ -29,7 +29,7 @@ class RecordingWorker:
         self.busy = False
         self.token_s = 0.0
 
-    async def step(self, rows):
+    async def step(self, rows, *, traceparent=""):
         assert not self.busy, "the next step was sent before the last one answered"
         self.busy = True
         try:

@@ -131,6 +131,8 @@ is ready, which it becomes only once they have reported. */}}
   value: "0.0.0.0:{{ index . 1 }}"
 - name: LONGREACH_LOG_LEVEL
   value: {{ $root.Values.logLevel }}
+- name: LONGREACH_LOG_FORMAT
+  value: {{ $root.Values.logFormat }}
 - name: POD_NAME
   valueFrom:
     fieldRef:

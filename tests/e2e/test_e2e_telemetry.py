@@ -1,25 +1,35 @@
-"""Every metric of the table, scraped from the processes that say they export it."""
+"""Metrics, traces and logs of a cluster of real processes, as collectors get them.
+
+Every metric of the table is scraped from the processes that say they export it.
+"""
 
 from __future__ import annotations
 
+import datetime
+import json
+import re
+import ssl
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from prometheus_client.parser import text_string_to_metric_families
 
+from coordinator.request_trace import STEPS_FIRST
 from longreach.errors import NotFound
 from longreach.local_cluster import LocalCluster
 from longreach.telemetry.names import COORDINATOR, METRICS, NODE, WORKER
 from longreach.telemetry.spelling import prometheus_name
 from tests.e2e.conftest import WORKER_FLAGS
 from tests.e2e.test_e2e_repair import eventually, ids
+from tests.unit.telemetry.collector import Collector, Span, collecting
 
 pytestmark = pytest.mark.cluster
 
-ON = {"metrics_listen": "127.0.0.1:0"}
 NODES = 3
 TOKENS = 12
 ELSEWHERE = {
@@ -50,23 +60,38 @@ class Scrape:
 
 
 @pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
 def cluster(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    collector: Collector,
 ) -> Iterator[LocalCluster]:
-    with LocalCluster(
-        tiny_model("llama"),
-        nodes=NODES,
-        data_dir=tmp_path_factory.mktemp("metrics"),
-        worker_flags={**WORKER_FLAGS, **ON},
-        node_flags={"index_kind": "sketch", **ON},
-        coordinator_flags={
-            "inline_prompt_tokens": 128,
-            "repair_grace_s": 0,
-            "rebalance_pause_s": -1,
-            **ON,
-        },
-        tls=True,
-    ) as cluster:
+    on = {"metrics_listen": "127.0.0.1:0", "otlp_endpoint": collector.endpoint}
+    on["log_format"] = "json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        cluster = LocalCluster(
+            tiny_model("llama"),
+            nodes=NODES,
+            data_dir=tmp_path_factory.mktemp("telemetry"),
+            worker_flags={**WORKER_FLAGS, **on},
+            node_flags={"index_kind": "sketch", **on},
+            coordinator_flags={
+                "inline_prompt_tokens": 128,
+                "repair_grace_s": 0,
+                "rebalance_pause_s": -1,
+                "trace_sample_share": 0,
+                "http_listen": "127.0.0.1:0",
+                **on,
+            },
+            tls=True,
+        )
+    with cluster:
         yield cluster
 
 
@@ -195,3 +220,120 @@ def test_the_nodes_count_theirs(
     for scrapes in scraped.values():
         for scrape in scrapes.values():
             assert scrape.sum("certificate_not_after_seconds") > time.time()
+
+
+def test_a_trace_leads_from_the_client_through_every_service(
+    cluster: LocalCluster, scraped: dict[str, dict[str, Scrape]], collector: Collector
+) -> None:
+    """The client decides: the share of the coordinator is 0 here, and nothing was traced before."""
+    assert collector.spans == []
+    application = TracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False).get_tracer("test")
+    with cluster.client(timeout_s=120) as client:
+        with application.start_as_current_span("application") as outermost:
+            context = client.contexts.create(tokens=ids(200, 3))
+            answer = client.generate(
+                [9, 8, 7], context=context.id, max_tokens=TOKENS, ignore_eos=True
+            )
+        client.generate([9, 8, 7], context=context.id, max_tokens=1)  # not part of it
+    collector.wait(lambda: {"text_completion", "attend"} <= {s.name[:15] for s in collector.spans})
+    ours = outermost.get_span_context()
+
+    def finished() -> bool:
+        """Every span has come once all parents have."""
+        known = {span.span_id for span in collector.spans} | {f"{ours.span_id:016x}"}
+        return all(span.parent_id in known for span in collector.spans)
+
+    collector.wait(finished)
+    spans = collector.spans
+    assert {span.trace_id for span in spans} == {f"{ours.trace_id:032x}"}
+    by_id = {span.span_id: span for span in spans}
+    [request] = [span for span in spans if span.name.startswith("text_completion")]
+    assert request.parent_id == f"{ours.span_id:016x}"
+    assert request.service == "longreach-coordinator"
+    assert request.attributes["gen_ai.usage.output_tokens"] == TOKENS == len(answer.tokens)
+    assert request.attributes["gen_ai.usage.input_tokens"] == 203
+    assert request.attributes["gen_ai.usage.cache_read.input_tokens"] == 200
+    assert request.attributes["gen_ai.response.finish_reasons"] == ["length"]
+    assert request.attributes["longreach.context.id"] == context.id
+    [creation] = [span for span in spans if span.name == "create context"]
+    assert creation.parent_id == request.parent_id
+    [prefill] = [span for span in spans if span.name == "prefill"]
+    assert (prefill.service, prefill.parent_id) == ("longreach-worker", creation.span_id)
+    [opening] = [span for span in spans if span.name == "open session on nodes"]
+    assert by_id[opening.parent_id].name == "open session"
+
+    attends = [span for span in spans if span.name == "attend"]
+    for span in attends:
+        way = [*_upwards(span, by_id)]
+        assert [each.name.split()[0] for each in way] == [
+            *("attend", "layers", "device", "step", "text_completion")
+        ]
+        assert [each.service.removeprefix("longreach-") for each in way] == [
+            *(NODE, WORKER, WORKER, COORDINATOR, COORDINATOR)
+        ]
+    steps = [span for span in spans if span.name == "step"]
+    assert 0 < len(steps) <= STEPS_FIRST < TOKENS, "later steps of a long answer are not traced"
+    assert len({span.attributes["longreach.layer"] for span in attends}) == 3
+    assert len(attends) >= 3 * len(steps)
+    assert {span.engine for span in attends} <= {"node-1", "node-2"}
+    assert not any(span.failed for span in spans)
+
+
+def _upwards(span: Span, by_id: dict[str, Span]) -> Iterator[Span]:
+    at: Span | None = span
+    while at is not None:
+        yield at
+        at = by_id.get(at.parent_id)
+
+
+def test_a_trace_context_over_http_is_followed(
+    cluster: LocalCluster, scraped: dict[str, dict[str, Scrape]], collector: Collector
+) -> None:
+    trace_id = "5" * 32
+    log = cluster.process("coordinator").log_path.read_text()
+    address = re.findall(r"OpenAI-compatible API on (\S+?)\"", log)[-1]
+    files = cluster.environment
+    tls = ssl.create_default_context(cafile=files["LONGREACH_TLS_CA"])
+    tls.load_cert_chain(files["LONGREACH_TLS_CERT"], files["LONGREACH_TLS_KEY"])
+    tls.check_hostname = False
+    request = urllib.request.Request(
+        f"https://{address}/v1/completions",
+        json.dumps({"model": "", "prompt": "a", "max_tokens": 2}).encode(),
+        {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"},
+    )
+    with urllib.request.urlopen(request, timeout=60, context=tls) as reply:
+        answered = json.load(reply)
+    names = lambda: {s.name.split()[0] for s in collector.spans if s.trace_id == trace_id}
+    collector.wait(lambda: {"text_completion", "step", "device"} <= names())
+    [ours] = [
+        s for s in collector.spans if s.trace_id == trace_id and s.name.startswith("text_comp")
+    ]
+    assert ours.parent_id == "00f067aa0ba902b7"
+    assert answered["id"].endswith(ours.attributes["gen_ai.response.id"])
+
+
+def test_logs_are_json_that_says_what_they_belong_to(
+    cluster: LocalCluster, scraped: dict[str, dict[str, Scrape]]
+) -> None:
+    trace_id = "7" * 32
+    with cluster.client(timeout_s=120) as client:
+        client._metadata = (("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),)
+        answer = client.generate(ids(20, 5), max_tokens=3, ignore_eos=True)
+    records = {name: _records(cluster, name) for name in ("coordinator", "worker-0", "node-1")}
+    services = {"coordinator": COORDINATOR, "worker-0": WORKER, "node-1": NODE}
+    for name, lines in records.items():
+        assert lines, name
+        for line in lines:
+            assert {"time", "level", "service", "logger", "message"} <= line.keys()
+            assert line["service"] == services[name]
+            datetime.datetime.fromisoformat(line["time"])
+        engine = "coordinator-0" if name == "coordinator" else name
+        assert lines[-1]["engine"] == engine
+    [ended] = [line for line in records["coordinator"] if line.get("trace_id") == trace_id]
+    assert ended["request_id"] == answer.request_id
+    assert ended["session_id"]
+    assert "3 tokens" in ended["message"]
+
+
+def _records(cluster: LocalCluster, name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in cluster.process(name).log_path.read_text().splitlines()]
