@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -37,6 +38,7 @@ class MetricsServer:
             self._server, self._thread = start_http_server(
                 int(port), host.strip("[]") or "0.0.0.0", registry
             )
+            self._server.set_app(_in_plain_text(self._server.get_app()))
         except (OSError, ValueError, OverflowError) as problem:
             raise Unavailable(
                 f"metrics cannot be served on {listen!r}: {problem}; give another --metrics-listen"
@@ -48,6 +50,19 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _in_plain_text(app: Any) -> Any:
+    """The exporter's WSGI application, which answers in the text format whatever is asked for.
+
+    Asked for OpenMetrics without UTF-8 names, as Prometheus 2 does, prometheus_client writes
+    underscores for the colons of names, which need no UTF-8.
+    """
+
+    def plain(environ: Mapping[str, Any], start_response: Any) -> Any:
+        return app({**environ, "HTTP_ACCEPT": "text/plain"}, start_response)
+
+    return plain
 
 
 def label_names(metric: Metric) -> tuple[str, ...]:

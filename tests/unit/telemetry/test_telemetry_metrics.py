@@ -38,8 +38,19 @@ def running(settings: telemetry.TelemetrySettings, service: str = "node") -> Ite
         started.stop()
 
 
-def scraped(address: str) -> dict[Sample, float]:
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as reply:
+PROMETHEUS_2 = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+
+
+def scraped(address: str, accept: str = "*/*") -> dict[Sample, float]:
+    request = urllib.request.Request(f"http://{address}/metrics", headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=30) as reply:
         text = reply.read().decode()
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -68,6 +79,14 @@ def test_a_scrape_has_what_was_counted_under_the_labels_of_the_table() -> None:
     assert found["longreach:sessions_open", own()] == 3
     assert found["longreach:memory_used_bytes", own(kind="tail")] == 20
     assert any(name == "process_resident_memory_bytes" for name, _ in found)
+
+
+@pytest.mark.parametrize("accept", [PROMETHEUS_2, PROMETHEUS_3])
+def test_names_keep_their_colons_whatever_format_is_asked_for(accept: str) -> None:
+    with running(telemetry.TelemetrySettings(metrics_listen="127.0.0.1:0")) as started:
+        telemetry.counter("append_tokens").bind().add(3)
+        found = scraped(started.metrics_address, accept)
+    assert found["longreach:append_tokens_total", own()] == 3
 
 
 def test_a_histogram_counts_as_that_of_prometheus_client() -> None:
