@@ -493,8 +493,8 @@ CLUSTER = Dashboard(
             [
                 Panel(
                     "Retrieval RPC by node",
-                    "What a worker waits for: one message of a layer, there and back. Nodes of one "
-                    "kind should lie together.",
+                    "One message of a layer, there and back, until it is read: no shorter than the "
+                    "device's own part. Nodes of one kind should lie together.",
                     "s",
                     [
                         Query(quantile(0.5, "retrieval_rpc_seconds", "node"), "{{node}} p50"),
@@ -565,12 +565,53 @@ CLUSTER = Dashboard(
             ],
         ),
         Row(
+            "Processes",
+            [
+                Panel(
+                    "CPU",
+                    "Cores in use, by process. A node searches with as many as it has.",
+                    "short",
+                    [
+                        Query(
+                            "sum by (job, instance) "
+                            f"(rate(process_cpu_seconds_total{{{_RELEASE}}}{_RATE}))",
+                            "{{job}} {{instance}}",
+                        )
+                    ],
+                ),
+                Panel(
+                    "Resident memory",
+                    "Of each process, its code and buffers included: compare a node's with what it "
+                    "says that it stores.",
+                    "bytes",
+                    [
+                        Query(
+                            f"sum by (job, instance) (process_resident_memory_bytes{{{_RELEASE}}})",
+                            "{{job}} {{instance}}",
+                        )
+                    ],
+                ),
+                Panel(
+                    "Answering Prometheus",
+                    "1 where a process's metrics are read, 0 where it does not answer.",
+                    "short",
+                    [
+                        Query(
+                            f'min by (job, instance) (up{{{_RELEASE}, job=~"longreach-.*"}})',
+                            "{{job}} {{instance}}",
+                        )
+                    ],
+                    maximum=1,
+                ),
+            ],
+        ),
+        Row(
             "Indexes",
             [
                 Panel(
                     "Indexed share",
-                    "Share of the keys in a node's sealed shards that are searched by their index; "
-                    "the rest are scanned exactly.",
+                    "Share of the KV heads in a node's sealed shards that are searched by their "
+                    "index; the rest are scanned exactly.",
                     "percentunit",
                     [Query(total("index_fraction", "engine"), "{{engine}}")],
                     maximum=1,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from coordinator.config import CoordinatorConfig
 from tests.deploy.promql import (
     ALERTS,
     FOLDER,
@@ -141,6 +142,15 @@ def runbook() -> dict[str, str]:
     section = RUNBOOK.partition("\n## Alerts\n")[2].partition("\n## ")[0]
     entries = re.split(r"(?m)^### ", section)[1:]
     return {head: text for head, _, text in (each.partition("\n") for each in entries)}
+
+
+def test_latency_alarms_at_the_default_objectives() -> None:
+    thresholds = {
+        "LongreachTimeToFirstTokenHigh": CoordinatorConfig.objective_ttft_s,
+        "LongreachInterTokenLatencyHigh": CoordinatorConfig.objective_itl_s,
+    }
+    for name, objective in thresholds.items():
+        assert float(ALERTS[name]["expr"].rpartition(">")[2]) == objective
 
 
 def test_every_alert_has_an_entry_and_every_entry_an_alert() -> None:
