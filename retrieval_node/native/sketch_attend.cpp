@@ -10,32 +10,55 @@ namespace longreach {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-// Under a tail estimate, candidates this far (in logits) below every head's best are not worth
-// reading their value: they join the tail of their summary.
-constexpr float kVisible = 9.0f;
+// Under a tail estimate, candidates that together show no more than this in the output, as a share
+// of it, are not worth reading their values: they join the tail of their summaries.
+constexpr double kFaint = 0.003;
 // Summaries whose weight is below this share of the total for every head are not read; their mass
 // still counts.
 constexpr float kNegligible = 2e-6f;
 
-// Moves barely visible candidates to the tail. Those outside whole summaries stay.
-void demote_faint(const HeadTask& task, SketchSearch& search, ChosenAttention& attention) {
-  float lowest[kCodeHeads];
+// Moves to the tail the candidates whose values would hardly show in any head's output. An error in
+// a value goes with the square of the key's weight, as in SketchSearch::choose_for_tail. Candidates
+// outside whole summaries stay.
+void demote_faint(const KernelTable& k, const HeadTask& task, SketchSearch& search,
+                  ChosenAttention& attention) {
+  thread_local Workspace<float> memory;
   const int64_t count = attention.candidates();
-  for (int g = 0; g < task.group; ++g) {
-    const float* column = attention.logits(g / kTile) + g % kTile;
-    float top = kMinusInfinity;
-    for (int64_t i = 0; i < count; ++i) top = std::fmax(top, column[i * kTile]);
-    lowest[g] = top - kVisible;
+  const int64_t stride = count * kTile + kPanel;
+  float* weights = memory.reserve((task.tiles() + 1) * stride);
+  float* squares = weights + task.tiles() * stride;
+  std::fill_n(squares, count, 0.0f);
+  float highest[kCodeHeads], total[kCodeHeads] = {}, rescale[kTile];
+  std::fill_n(highest, kCodeHeads, kMinusInfinity);
+  for (int t = 0; t < task.tiles(); ++t) {
+    std::copy_n(attention.logits(t), count * kTile, weights + t * stride);
+    k.softmax_step(weights + t * stride, count, kTile, highest + t * kTile, total + t * kTile,
+                   rescale);
   }
+  for (int g = 0; g < task.group; ++g) {
+    const float* own = weights + g / kTile * stride + g % kTile;
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(own[i * kTile] * own[i * kTile]);
+    if (!(sum > 0 && std::isfinite(sum))) return;
+    const auto per_square = static_cast<float>(1 / sum);
+    for (int64_t i = 0; i < count; ++i) squares[i] += own[i * kTile] * own[i * kTile] * per_square;
+  }
+  // Tail sums are corrected for the codes' error later, which these weights do not have.
+  float to_tail[kCodeHeads];
+  for (int g = 0; g < task.group; ++g)
+    to_tail[g] = std::exp(highest[g] - search.reference(g) - search.correction(g));
+  const float bar = fewest_for_sum(k, squares, count, (1 - kFaint * kFaint) * task.group).bar;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t summary = attention.candidate(i) / kSummaryKeys;
-    bool visible = summary < search.first_summary() || summary >= search.stop_summary();
-    for (int g = 0; g < task.group; ++g)
-      visible = visible || !(attention.logits(g / kTile)[i * kTile + g % kTile] < lowest[g]);
-    if (visible) continue;
+    if (squares[i] > bar || summary < search.first_summary() || summary >= search.stop_summary())
+      continue;
+    // Rows of a tile that are no query head must not keep keys alive.
+    for (int g = task.group; g < task.tiles() * kTile; ++g)
+      attention.logits(g / kTile)[i * kTile + g % kTile] = kMinusInfinity;
     for (int g = 0; g < task.group; ++g) {
       float& z = attention.logits(g / kTile)[i * kTile + g % kTile];
-      search.tail_sum(summary, g) += std::exp(z - search.reference(g));
+      search.tail_sum(summary, g) += weights[g / kTile * stride + i * kTile + g % kTile] *
+                                     to_tail[g];
       z = kMinusInfinity;
     }
   }
@@ -114,7 +137,7 @@ void attend_heads(const KernelTable& k, const SketchHead& sketch, const HeadTask
   for (int g = 0; g < task.group; ++g) rest[g] = search.rest_lse(g);
   // What was read exactly is better than its estimate, so with a tail estimate it all joins.
   if (estimate)
-    demote_faint(task, search, attention);
+    demote_faint(k, task, search, attention);
   else
     attention.cut(k, task, rest);
   figures.search_ns += watch.lap();

@@ -62,9 +62,14 @@ class SketchSearch {
   void raise_mass_bars(const KernelTable& k, const HeadTask& task, int64_t stop, double caution);
   bool enough(const KernelTable& k, const HeadTask& task);
   void trim(const KernelTable& k, const HeadTask& task);
+  void weigh_hits(const KernelTable& k);
+  void choose_for_tail(const KernelTable& k, const HeadTask& task);
   void drop_below_bars();
+  template <class Keep>
+  void drop(Keep keep);
   void add_edges(const HeadTask& task);
   int64_t hits_above_bar(int head) const;
+  double tail_sum_to(int head, int64_t stop) const;
   double tail_total(int head, float top, int64_t stop) const;
   float logit_of(int head, int32_t score) const;
   float correction_of(int head) const;
@@ -77,13 +82,15 @@ class SketchSearch {
   CodeHits hits_{};
   int64_t sampled_ = 0;
   double oversampling_[kCodeHeads] = {};
+  double named_[kCodeHeads] = {};        // candidates for the keys that the budget names
   double wanted_[kCodeHeads] = {};       // candidates a head should have
   int32_t bars_[kCodeHeads] = {};        // scores above it make candidates
   int32_t count_bars_[kCodeHeads] = {};  // the bar for the candidates wanted
   bool floored_[kCodeHeads] = {};
   float correction_[kCodeHeads] = {};
   Workspace<int32_t> ids_, scores_, sample_scores_;
-  Workspace<float> column_, tail_memory_;
+  Weights weights_[kCodeHeads] = {};     // of the hits, once weighed
+  Workspace<float> column_, tail_memory_, weights_memory_;
   float* tail_sums_ = nullptr;  // null when no tail is needed
 };
 

@@ -148,6 +148,24 @@ def test_the_tail_estimate_brings_output_and_lse_close_to_full_attention(long, t
     assert np.abs(answer.partial.lse - lse).mean() < 0.02
 
 
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_a_sharp_head_reads_few_values_and_a_diffuse_one_many(long, tier, group):
+    """Values are estimated where that hardly shows: few of a sharp head's keys are attended."""
+    _, index = long
+    heads = Heads(20_013, kv_heads=2)  # the same, with random numbers of its own
+    queries = heads.queries(6)
+    budget = Budget(top_k=100, tail_estimate=True)
+    attended = {}
+    for factor in (1, 4, 8):
+        asked = (queries * np.float32(factor))[:, :, :group]
+        answer = ask(index, asked, budget, Span(0, 20_013))
+        output, lse, _ = heads.reference(asked)
+        assert np.median(relative_error(answer.partial.output, output)) < 0.1 / factor
+        assert np.abs(answer.partial.lse - lse).max() < 0.1
+        attended[factor] = answer.work.attended_fraction
+    assert attended[8] < attended[4] < 0.012 < 0.02 < attended[1] < 0.1
+
+
 def test_whitening_by_queries_finds_more_than_whitening_by_keys_alone():
     """RetrievalAttention, section 3.2: an index must know the queries' distribution."""
     heads = Heads(12_000, seed=3)
