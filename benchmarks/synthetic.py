@@ -11,7 +11,8 @@ What is kept of real heads, because it decides how hard retrieval is:
 - logits are scaled until a head's top 1/32 of keys holds a given share of its attention mass.
 
 `structured` has a decaying key spectrum, as most heads have; `hard` has an almost flat one, where
-neither codes of few dimensions nor graphs have structure to use.
+neither codes of few dimensions nor graphs have structure to use; with `ood`, queries lie far from
+the keys by their direction alone.
 """
 
 from __future__ import annotations
@@ -79,11 +80,31 @@ def hard_spectrum(head_dim: int) -> Spectrum:
     return Spectrum(head_dim * 7 // 8, 0.05, _both(key), _both(query * fast))
 
 
+def out_of_distribution_spectrum(head_dim: int) -> Spectrum:
+    """Keys vary little in a third of the dimensions, and queries point there.
+
+    Queries have energy where keys lack it, as much as makes both matter to logits. At equal length
+    they then lie over ten times farther from the keys' distribution than keys do, as
+    RetrievalAttention measured on large models, and what groups keys says little about what a query
+    looks for.
+    """
+    pair = np.arange(head_dim // 2) * (128 / head_dim)
+    weak = (pair >= 36) & (pair < 53)
+    strong = pair >= 53
+    key = np.where(weak, 0.05, np.where(strong, 1.35, 0.25))
+    query = np.where(weak, 1.6, np.where(strong, 0.06, 0.05))
+    return Spectrum(head_dim // 2, 0.25, _both(key), _both(query))
+
+
 def _both(pairs: np.ndarray) -> FloatArray:
     return np.concatenate([pairs, pairs]).astype(np.float32)
 
 
-SPECTRA = {"structured": structured_spectrum, "hard": hard_spectrum}
+SPECTRA = {
+    "structured": structured_spectrum,
+    "hard": hard_spectrum,
+    "ood": out_of_distribution_spectrum,
+}
 
 
 def workload(

@@ -16,7 +16,11 @@ from evaluation.observations.dump_files import Dump, DumpedLayer, read_dump
 from longreach.errors import InvalidRequest
 from longreach.types import FloatArray, IntArray, StorageArray
 
-SYNTHETIC = {"synthetic:structured": "structured", "synthetic:flat": "hard"}
+SYNTHETIC = {
+    "synthetic:structured": "structured",
+    "synthetic:flat": "hard",
+    "synthetic:ood": "ood",
+}
 """Sources by name, and what benchmarks/synthetic.py calls their key spectrum."""
 
 PREFILL_SHARE = 16
@@ -163,7 +167,8 @@ def add_source_flags(parser: argparse.ArgumentParser, n: int) -> None:
         "--source",
         choices=tuple(SYNTHETIC),
         default="synthetic:structured",
-        help="synthetic keys with a decaying or a flat spectrum (default synthetic:structured)",
+        help="synthetic keys with a decaying or a flat spectrum, or with queries that point where "
+        "keys hardly vary (default synthetic:structured)",
     )
     source.add_argument("--dump", type=Path, metavar="DIR", help="heads of a model, from `dump`")
     parser.add_argument(

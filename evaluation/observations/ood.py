@@ -178,6 +178,8 @@ def check_targets(report: Report, distances: Sequence[Row], summary: Sequence[Ro
     """The paper's figures, over the mean of all heads measured."""
     ratio = float(np.mean([row["ratio"] for row in distances]))
     report.at_least("Mahalanobis distance of queries over that of keys", PAPER_DISTANCE, ratio, "x")
+    equal = float(np.mean([row["ratio_at_equal_length"] for row in distances]))
+    report.at_least("the same at equal length", PAPER_DISTANCE, equal, "x")
     read = {
         row["index"]: 100 * row["scan_fraction_at_recall"]
         for row in mean_over(
