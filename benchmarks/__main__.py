@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.plots import PLOTS
 
-BENCHMARKS = ("rpc", "retrieval", "decode", "prefill", "prefill_accuracy", "gpu")
+BENCHMARKS = ("rpc", "retrieval", "decode", "prefill", "prefill_accuracy", "telemetry", "gpu")
 
 
 def run(name: str, output: Path, quick: bool) -> Path:
