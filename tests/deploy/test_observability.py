@@ -3,6 +3,7 @@ runbook and in promtool's tests."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 from coordinator.config import CoordinatorConfig
+from gpu_worker.config import WorkerConfig
+from retrieval_node.config import NodeConfig
 from tests.deploy.promql import (
     ALERTS,
     FOLDER,
@@ -30,6 +33,7 @@ from tests.deploy.promtool import promtool
 RUNBOOK = (ROOT / "docs" / "operations.md").read_text()
 UNIT_TESTS = Path(__file__).parent / "rules_test.yaml"
 WRITTEN = {path.stem: json.loads(path.read_text()) for path in (FOLDER / "dashboards").glob("*")}
+SERVICES = (CoordinatorConfig, WorkerConfig, NodeConfig)
 UNITS = {"s", "bytes", "Bps", "percentunit", "short", "reqps", "ops"}
 
 
@@ -166,6 +170,14 @@ def test_an_entry_tells_meaning_checks_and_remedy(name: str) -> None:
         assert part in entry
     for metric in re.findall(r"`(longreach:\w+[\w:]*)", entry):
         assert metric in exported() or f"{metric}_total" in exported(), metric
+
+
+def test_entries_name_settings_that_services_have() -> None:
+    fields = {field.name for config in SERVICES for field in dataclasses.fields(config)}
+    section = RUNBOOK.partition("\n## Read the dashboards\n")[2].partition("\n## ")[0]
+    for text in (section, *runbook().values()):
+        for flag in re.findall(r"`--([a-z][a-z-]+)`", text):
+            assert flag.replace("-", "_") in fields, flag
 
 
 def test_every_alert_is_seen_to_fire() -> None:
