@@ -30,7 +30,7 @@ PATTERN_TEXTS = (
     "a_shape:sink_tokens=64,window_tokens=192",
     "vertical_slash:verticals=60,slashes=150",
     "block_sparse:top_blocks=3",
-    "adaptive:min_share=0.005,dense_below=0,dense_last_rows=32",
+    "adaptive:min_share=0.005,dense_below=0,dense_first_rows=0,dense_last_rows=32",
 )
 MIXED = (
     HeadChoice("a_shape", (("sink_tokens", 64), ("window_tokens", 192))),

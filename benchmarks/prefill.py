@@ -4,13 +4,15 @@ For each shape and length it times attention chunk by chunk, as prefill runs it:
 pattern's index) and attention apart, the density the executor really had, and the output's error
 against dense. Long prompts are sampled: `--chunks` chunks spread evenly over the prompt are
 measured and the whole is their mean times the number of chunks; dense and sparse see the same
-chunks.
+chunks. On a machine that others use, one thread (OMP_NUM_THREADS=1) and `--clock cpu` leave out the
+time in which others ran.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,8 @@ from gpu_worker.patterns.base import Pattern, PatternResult
 from gpu_worker.patterns.executor import attend_selection
 
 CHUNK_ROWS = 2048
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Clock = Callable[[], float]
 SHAPES = {"demo 4q/2kv d64": (4, 2, 64), "8q/2kv d128": (8, 2, 128)}
 # MInference's own budgets for its patterns, and two settings of ours.
 METHODS: dict[str, dict[str, int | float]] = {
@@ -54,44 +58,56 @@ def sampled_starts(n: int, chunks: int) -> list[int]:
 
 
 def run_pattern(
-    pattern: Pattern, heads: Heads, start: int, state: object
+    pattern: Pattern, heads: Heads, start: int, state: object, clock: Clock
 ) -> tuple[PatternResult, float, float]:
     """One chunk: result, seconds of selection, seconds of attention."""
     n, scale = heads.q.shape[1], heads.q.shape[-1] ** -0.5
     stop = min(n, start + CHUNK_ROWS)
     q, k, v = heads.q[:, start:stop], heads.k[:, :stop], heads.v[:, :stop]
-    began = time.perf_counter()
+    began = clock()
     selection = pattern.select(q, k, start, n, scale, state)
-    selected = time.perf_counter()
+    selected = clock()
     result = attend_selection(q, k, v, start, scale, selection)
-    return result, selected - began, time.perf_counter() - selected
+    return result, selected - began, clock() - selected
 
 
-def measure(report: Report, shape: str, n: int, chunks: int, dtype: torch.dtype) -> None:
-    """All methods at one length, chunk by chunk in turn."""
+def measure(
+    report: Report,
+    shape: str,
+    n: int,
+    chunks: int,
+    dtype: torch.dtype,
+    methods: Sequence[str],
+    clock: Clock,
+) -> None:
+    """The methods at one length, chunk by chunk in turn."""
     q_heads, kv_heads, d = SHAPES[shape]
     heads = make_heads(n, q_heads, kv_heads, d, dtype)
-    patterns = {name: PATTERNS[name](**parameters) for name, parameters in METHODS.items()}
+    patterns = {
+        name: PATTERNS[name](**parameters)
+        for name, parameters in METHODS.items()
+        if name in methods
+    }
     states: dict[str, object] = {}
     probe_s = dict.fromkeys(patterns, 0.0)
     for name, pattern in patterns.items():
         if pattern.needs == "prompt":
-            began = time.perf_counter()
+            began = clock()
             states[name] = pattern.probe(heads.q[:, -64:], heads.k, d**-0.5)
-            probe_s[name] = time.perf_counter() - began
+            probe_s[name] = clock() - began
     starts = sampled_starts(n, chunks)
     share = -(-n // CHUNK_ROWS) / len(starts)
     dense_times: list[float] = []
     sums = {name: Measured() for name in patterns}
     for start in starts:
         stop = min(n, start + CHUNK_ROWS)
-        began = time.perf_counter()
+        began = clock()
         dense = causal_attention(
             heads.q[:, start:stop], heads.k[:, :stop], heads.v[:, :stop], start, d**-0.5
         )
-        dense_times.append(time.perf_counter() - began)
+        dense_times.append(clock() - began)
         for name, pattern in patterns.items():
-            result, select_s, attend_s = run_pattern(pattern, heads, start, states.get(name))
+            result, select_s, attend_s = run_pattern(pattern, heads, start, states.get(name), clock)
             each = sums[name]
             each.select_s += select_s
             each.attend_s += attend_s
@@ -125,22 +141,32 @@ def main() -> None:
         "--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 131072]
     )
     parser.add_argument("--chunks", type=int, default=8, help="chunks measured per length")
+    parser.add_argument("--shapes", choices=SHAPES, nargs="+", default=list(SHAPES))
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall",
+        help="cpu: the process's CPU time, for one thread on a machine that others use too",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
     chunks = 2 if arguments.quick else arguments.chunks
     report = Report(
         "prefill",
         {"chunk_rows": CHUNK_ROWS, "chunks_measured": chunks, "dtype": arguments.dtype,
-         "threads": torch.get_num_threads(), "methods": METHODS},
+         "threads": torch.get_num_threads(), "clock": arguments.clock,
+         "methods": {name: METHODS[name] for name in arguments.methods}},
         quick=arguments.quick,
     )  # fmt: skip
     with torch.inference_mode():
-        for shape in SHAPES:
+        for shape in arguments.shapes:
             for n in arguments.lengths:
                 if arguments.quick and (n > 32768):
                     report.skip(f"{shape} at {n}", "quick")
                     continue
-                measure(report, shape, n, chunks, getattr(torch, arguments.dtype))
+                measure(
+                    report, shape, n, chunks, getattr(torch, arguments.dtype), arguments.methods,
+                    CLOCKS[arguments.clock],
+                )  # fmt: skip
     report.finish(arguments.json)
 
 

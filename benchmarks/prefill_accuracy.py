@@ -80,7 +80,11 @@ def _strided(budget: float) -> Pattern:
 def _adaptive(mean_correction: bool, budget: float) -> Pattern:
     """The budget is how many keys of equal share would reach the threshold."""
     return Adaptive(
-        min_share=1 / budget, max_keys=1 << 30, dense_below=0, mean_correction=mean_correction
+        min_share=1 / budget,
+        max_keys=1 << 30,
+        dense_below=0,
+        dense_first_rows=0,
+        mean_correction=mean_correction,
     )
 
 

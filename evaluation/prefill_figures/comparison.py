@@ -77,7 +77,7 @@ def contenders(tensors: LayerTensors, chunk_rows: int, chunks: int) -> list[tupl
         pattern = HeadChoice(row["pattern"], tuple(row["parameters"].items())).build()
         found.append((row["candidate"] + ("" if row["fits"] else " (dearer)"), pattern))
     # Without the means of what it left out, so that its lse counts attended keys alone.
-    adaptive = Adaptive(dense_below=0, mean_correction=False)
+    adaptive = Adaptive(dense_below=0, dense_first_rows=0, mean_correction=False)
     return [*found, ("adaptive, no means", adaptive), ("dense", Dense())]
 
 

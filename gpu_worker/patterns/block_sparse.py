@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gpu_worker.patterns.base import (
     KEY_BLOCK,
@@ -15,15 +14,24 @@ from gpu_worker.patterns.base import (
     diagonal_blocks,
 )
 
+_POOL_BYTES = 2 << 20
+"""Pooled at once: what is converted to fp32 stays in a core's cache."""
+
 
 def pool_blocks(x: Tensor, block: int) -> Tensor:
     """Mean over runs of `block` tokens, fp32: x [heads, n, d] → [heads, ceil(n / block), d]."""
     heads, n, d = x.shape
     blocks = -(-n // block)
-    padded = functional.pad(x.float(), (0, 0, 0, blocks * block - n))
-    sizes = torch.full((blocks,), float(block), device=x.device)
-    sizes[-1] = n - (blocks - 1) * block
-    return padded.view(heads, blocks, block, d).sum(2) / sizes[:, None]
+    pooled = torch.empty(heads, blocks, d, device=x.device)
+    step = blocks if x.is_cuda else max(1, _POOL_BYTES // (4 * block * d))
+    for head in range(heads):
+        for low in range(0, n // block, step):
+            high = min(n // block, low + step)
+            runs = x[head, low * block : high * block].float().unflatten(0, (-1, block))
+            torch.mean(runs, 1, out=pooled[head, low:high])
+        if n % block:
+            pooled[head, -1] = x[head, n // block * block :].float().mean(0)
+    return pooled
 
 
 @PATTERNS.register("block_sparse")

@@ -33,6 +33,9 @@ from gpu_worker.patterns.block_sparse import pool_blocks
 _NEVER = -1e30
 _LEAST_FILL = 0.8
 _GATHER_BYTES = 32 << 20
+# Torch's flash attention cuts the rows of a tile into about as many pieces of work.
+_PIECES_OF_TILE = 4
+_BLOCK_BITS = KEY_BLOCK.bit_length() - 1
 
 
 def attend_selection(
@@ -135,8 +138,8 @@ def _selected_past(
 ) -> tuple[Partial, int]:
     """Selected blocks and columns before each query block's tile; also the pairs attended.
 
-    Tiles with about as many keys share one flash call, so that every thread has work and the
-    overhead of a call is paid seldom.
+    Where one tile has not enough work for all threads, tiles with about as many keys share one
+    flash call; it then needs a mask over their padding, which costs up to a fifth of the time.
     """
     q_heads, rows, _ = q.shape
     output = q.new_zeros(q_heads, rows, v.shape[-1], dtype=torch.float32)
@@ -145,11 +148,12 @@ def _selected_past(
     tiles = _tiles(q, start, selection)
     group = q_heads // k.shape[0]
     bytes_per_key = unit * (k.shape[-1] + v.shape[-1]) * k.element_size()
+    most = math.ceil(torch.get_num_threads() / _PIECES_OF_TILE)
     pairs = 0
     for kv_head in range(k.shape[0]):
         own = [tile for tile in tiles if tile.head // group == kv_head]
         units = [_units(x[kv_head], unit) for x in (k, v)]
-        for batch in _batches(own, bytes_per_key):
+        for batch in _batches(own, most, bytes_per_key):
             part = _attend_batch(q, batch, units, scale)
             for i, tile in enumerate(batch):
                 output[tile.head, tile.low : tile.high] = part.output[i, 0]
@@ -184,33 +188,36 @@ def _units(x: Tensor, unit: int) -> Tensor:
 def _tiles(q: Tensor, start: int, selection: Selection) -> list[_Tile]:
     """Every tile that has past keys, those with most keys first."""
     q_heads, rows, _ = q.shape
+    tile = selection.query_block
+    past = (start + torch.arange(selection.blocks.shape[1]) * tile) // KEY_BLOCK
     blocks = selection.blocks.cpu()
+    chosen = blocks & (torch.arange(blocks.shape[2]) < past[:, None])
     columns = None if selection.columns is None else selection.columns.cpu()
+    if columns is not None:
+        # Those in the past, and in no block that is attended anyway. The last block is no past.
+        open_blocks = ~blocks & (torch.arange(blocks.shape[2]) < past[:, None])
+        where = columns.clamp(0, blocks.shape[2] * KEY_BLOCK - 1) >> _BLOCK_BITS
+        single = (columns >= 0) & open_blocks.gather(2, where)
     tiles = []
-    for b in range(blocks.shape[1]):
-        low = b * selection.query_block
-        high = min(rows, low + selection.query_block)
-        past = (start + low) // KEY_BLOCK
-        for head in range(q_heads):
-            chosen = blocks[head, b, :past]
-            keys = chosen.nonzero()[:, 0]
+    for head in range(q_heads):
+        for b in range(blocks.shape[1]):
+            keys = chosen[head, b].nonzero()[:, 0]
             if columns is not None:
-                single = columns[head, b]
-                single = single[(single >= 0) & (single < past * KEY_BLOCK)]
-                single = single[~chosen[single // KEY_BLOCK]]
                 inside = keys[:, None] * KEY_BLOCK + torch.arange(KEY_BLOCK)
-                keys = torch.cat([inside.flatten(), single])
+                keys = torch.cat([inside.flatten(), columns[head, b][single[head, b]]])
             if keys.numel():
-                tiles.append(_Tile(head, low, high, keys))
+                tiles.append(_Tile(head, b * tile, min(rows, (b + 1) * tile), keys))
     return sorted(tiles, key=lambda tile: (tile.high - tile.low, tile.keys.numel()), reverse=True)
 
 
-def _batches(tiles: list[_Tile], bytes_per_key: int) -> Iterator[list[_Tile]]:
-    """Runs of tiles of equal rows that waste little padding and fit the gather buffer."""
+def _batches(tiles: list[_Tile], most: int, bytes_per_key: int) -> Iterator[list[_Tile]]:
+    """Runs of at most `most` tiles of equal rows that waste little padding and fit the gather
+    buffer."""
     batch: list[_Tile] = []
     for tile in tiles:
         full = batch and (
-            tile.high - tile.low != batch[0].high - batch[0].low
+            len(batch) == most
+            or tile.high - tile.low != batch[0].high - batch[0].low
             or tile.keys.numel() < _LEAST_FILL * batch[0].keys.numel()
             or (len(batch) + 1) * batch[0].keys.numel() * bytes_per_key > _GATHER_BYTES
         )
@@ -230,14 +237,14 @@ def _means(
     q_heads, rows, _ = q.shape
     kv_heads = k.shape[0]
     whole = (start + rows) // KEY_BLOCK
-    mean_k = pool_blocks(k[:, : whole * KEY_BLOCK], KEY_BLOCK).to(q.dtype)
-    mean_v = pool_blocks(v[:, : whole * KEY_BLOCK], KEY_BLOCK).to(v.dtype)
+    mean_k, mean_v = (pool_blocks(x[:, : whole * KEY_BLOCK], KEY_BLOCK) for x in (k, v))
     keys = left_out_keys(selection, start, whole)
     # A query block of a head is to the kernel a head of its own, so that one row of bias serves it.
     tile, tiles = selection.query_block, keys.shape[1]
-    queries = functional.pad(q, (0, 0, 0, tiles * tile - rows))
+    queries = functional.pad(q.float(), (0, 0, 0, tiles * tile - rows))
     queries = queries.reshape(kv_heads, -1, tile, q.shape[-1])
     bias = torch.where(keys > 0, keys.log(), _NEVER).view(kv_heads, -1, 1, whole)
+    bias = bias.expand(-1, -1, tile, -1)
     shared_k, shared_v = (x[:, None].expand(-1, queries.shape[1], -1, -1) for x in (mean_k, mean_v))
     part = dense_attention(queries, shared_k, shared_v, scale, bias=bias)
     output = part.output.reshape(q_heads, tiles * tile, -1)[:, :rows]

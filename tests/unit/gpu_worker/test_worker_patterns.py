@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.patterns import PATTERNS, attend_chunk
+from gpu_worker.patterns import PATTERNS, adaptive, attend_chunk
 from gpu_worker.patterns.adaptive import working_dtype
 from gpu_worker.patterns.base import KEY_BLOCK, Pattern
 from gpu_worker.patterns.reference import attend_reference, selection_mask
@@ -25,7 +25,7 @@ SMALL: dict[str, dict[str, int | float | bool]] = {
     "dilated": {"sink_tokens": 64, "window_tokens": 130, "interval": 3},
     "strided": {"sink_tokens": 64, "window_tokens": 70, "reach_tokens": 400, "interval": 5},
     "top_k": {"keys": 50},
-    "adaptive": {"min_share": 0.01, "dense_below": 0, "dense_last_rows": 32},
+    "adaptive": {"min_share": 0.01, "dense_below": 0, "dense_first_rows": 0, "dense_last_rows": 32},
 }
 
 
@@ -155,7 +155,9 @@ def test_diagonal_sums_follow_the_definition() -> None:
 def test_adaptive_finds_planted_keys_that_a_fixed_window_misses() -> None:
     q, k, v = tensors(1, 1, 2048, 64, 5)
     q[:, 1800:], k[:, 640:704] = 0.3 * q[:, 1800:] + 1.0, k[:, 640:704] + 1.5
-    pattern = PATTERNS["adaptive"](min_share=1 / 256, dense_below=0, dense_last_rows=0)
+    pattern = PATTERNS["adaptive"](
+        min_share=1 / 256, dense_below=0, dense_first_rows=0, dense_last_rows=0
+    )
     selection = pattern.select(q, k, 0, 2048, 0.125, None)
     assert selection is not None
     mask = selection_mask(selection, 1, 0, 2048)[0]
@@ -171,7 +173,9 @@ def test_adaptive_finds_planted_keys_that_a_fixed_window_misses() -> None:
 @pytest.mark.parametrize("most", [1, 64, 250])
 def test_a_query_block_of_adaptive_attends_no_more_columns_than_allowed(most: int) -> None:
     q, k, _ = tensors(2, 1, 1024, 32, 8)
-    pattern = PATTERNS["adaptive"](min_share=0.0, max_keys=most, dense_below=0, dense_last_rows=0)
+    pattern = PATTERNS["adaptive"](
+        min_share=0.0, max_keys=most, dense_below=0, dense_first_rows=0, dense_last_rows=0
+    )
     selection = pattern.select(q, k, 0, 1024, 0.3, None)
     assert selection is not None
     assert selection.columns is not None
@@ -185,7 +189,9 @@ def test_adaptive_spends_nothing_on_a_head_that_looks_nearby() -> None:
     angle = torch.arange(2048)[:, None] * 0.9 ** torch.arange(32)
     local = torch.cat([angle.cos(), angle.sin()], -1)
     q, k = 0.2 * q + 6 * local, 0.2 * k + 2 * local
-    pattern = PATTERNS["adaptive"](min_share=1e-3, dense_below=0, dense_last_rows=0)
+    pattern = PATTERNS["adaptive"](
+        min_share=1e-3, dense_below=0, dense_first_rows=0, dense_last_rows=0
+    )
     selection = pattern.select(q, k, 0, 2048, 0.125, None)
     assert selection is not None
     assert selection.columns is not None
@@ -206,7 +212,9 @@ def test_a_cpu_without_products_of_16_bit_floats_scores_in_fp32(
     q, k = (torch.randn(2, 320, 64).bfloat16() for _ in range(2))
     assert working_dtype(q) == bits16
     assert working_dtype(q.float()) == torch.float32
-    pattern = PATTERNS["adaptive"](min_share=1e-3, dense_below=0, dense_last_rows=0)
+    pattern = PATTERNS["adaptive"](
+        min_share=1e-3, dense_below=0, dense_first_rows=0, dense_last_rows=0
+    )
     chosen = pattern.select(q, k, 0, 320, 0.125, None).columns
     exact = pattern.select(q.float(), k.float(), 0, 320, 0.125, None).columns
     if bits16 == torch.float32:
@@ -214,13 +222,51 @@ def test_a_cpu_without_products_of_16_bit_floats_scores_in_fp32(
     assert (chosen >= 0).any()
 
 
+def test_adaptive_scores_only_promising_blocks_key_by_key_and_finds_what_they_hold() -> None:
+    q, k, _ = tensors(1, 1, 4096, 64, 5)
+    q[:, 4000:], k[:, 1300:1304] = 0.3 * q[:, 4000:] + 1.0, k[:, 1300:1304] + 2.5
+    pattern = PATTERNS["adaptive"](
+        min_share=1 / 64, fine_blocks=1, least_blocks=1, dense_below=0, dense_first_rows=0,
+        dense_last_rows=0,
+    )  # fmt: skip
+    columns = pattern.select(q, k, 0, 4096, 0.125, None).columns[0, -1]
+    assert set(range(1300, 1304)) <= set(columns.tolist())
+    # Of the block that holds them only its own run of keys, although its mean is high too.
+    assert int((columns >= 0).sum()) < 32
+
+
+def test_the_first_rows_of_a_long_prompt_are_dense_however_it_is_cut() -> None:
+    q, k, _ = tensors(2, 1, 1024, 32, 6)
+    pattern = PATTERNS["adaptive"](
+        min_share=1.0, dense_below=0, dense_first_rows=500, dense_last_rows=0
+    )
+    for start, stop in ((0, 1024), (0, 256), (256, 1024)):
+        chosen = pattern.select(q[:, start:stop], k[:, :stop], start, 1024, 0.2, None)
+        visible = selection_mask(chosen, 2, start, stop - start)[0].sum(-1)
+        rows = torch.arange(start, stop)
+        # The query block that holds the last of them is dense as a whole.
+        assert torch.equal(visible == rows + 1, rows < 512)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_of_all_keys_in_slices_or_not(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(adaptive, "_SLICE_KEYS", 100)
+    q, k = torch.randn(3, 16), torch.randn(250, 16).to(dtype)
+    assert torch.allclose(adaptive.products(q, k), q @ k.float().T, atol=1e-5)
+
+
 def test_adaptive_is_dense_for_short_prompts_and_for_the_last_rows() -> None:
     q, k, _ = tensors(1, 1, 1000, 32, 4)
-    short = PATTERNS["adaptive"](min_share=1.0, dense_below=1000)
+    short = PATTERNS["adaptive"](min_share=1.0, dense_below=1000, dense_first_rows=0)
     assert short.select(q, k, 0, 1000, 0.2, None) is None
     # The rule is about the prompt, not about the chunk: every chunk of a long one is sparse.
     assert short.select(q[:, :128], k[:, :128], 0, 1001, 0.2, None) is not None
-    long = PATTERNS["adaptive"](min_share=1.0, dense_below=0, dense_last_rows=150)
+    long = PATTERNS["adaptive"](
+        min_share=1.0, dense_below=0, dense_first_rows=0, dense_last_rows=150
+    )
     mask = selection_mask(long.select(q, k, 0, 1000, 0.2, None), 1, 0, 1000)[0]
     assert bool(mask[850:].sum(-1).eq(torch.arange(851, 1001)).all())
     assert not bool(mask[700, :700].all())

@@ -165,7 +165,7 @@ FULL: dict[str, dict[str, Any]] = {
     "a_shape": {"sink_tokens": 64, "window_tokens": 512},
     "block_sparse": {"top_blocks": 100},
     "vertical_slash": {"verticals": 1000, "slashes": 1000},
-    "adaptive": {"min_share": 0.0, "dense_below": 0},
+    "adaptive": {"min_share": 0.0, "dense_below": 0, "dense_first_rows": 0},
 }
 SPARSE: dict[str, dict[str, Any]] = {
     "a_shape": {"sink_tokens": 64, "window_tokens": 64},

@@ -51,7 +51,7 @@ PATTERN_OF: dict[str, Pattern | None] = {
     "dense": None,
     "a_shape": PATTERNS["a_shape"](sink_tokens=64, window_tokens=128),
     "vertical_slash": PATTERNS["vertical_slash"](verticals=64, slashes=128),
-    "adaptive": PATTERNS["adaptive"](dense_below=0, max_keys=128),
+    "adaptive": PATTERNS["adaptive"](dense_below=0, dense_first_rows=0, max_keys=128),
 }
 WORKING_BYTES = {
     # Per prompt token, while one chunk of 128 rows is attended, beside one more hidden state for

@@ -18,9 +18,9 @@ CASES = [
     ("a_shape", {"sink_tokens": 64, "window_tokens": 128}, 2, 1, 300, 64, "float32", 2e-5),
     ("block_sparse", {"top_blocks": 3}, 4, 2, 333, 80, "float32", 2e-5),
     ("vertical_slash", {"verticals": 60, "slashes": 110}, 2, 2, 400, 96, "float32", 2e-5),
-    ("adaptive", {"min_share": 0.01, "dense_below": 0, "dense_last_rows": 0},
+    ("adaptive", {"min_share": 0.01, "dense_below": 0, "dense_first_rows": 0, "dense_last_rows": 0},
      4, 2, 600, 64, "float32", 2e-5),
-    ("adaptive", {"min_share": 0.01, "dense_below": 0, "dense_last_rows": 0},
+    ("adaptive", {"min_share": 0.01, "dense_below": 0, "dense_first_rows": 0, "dense_last_rows": 0},
      2, 1, 520, 128, "float16", 4e-3),
 ]  # fmt: skip
 

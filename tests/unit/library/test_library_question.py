@@ -26,7 +26,7 @@ PREFILLS = (
     "a_shape:sink_tokens=64,window_tokens=64",
     "vertical_slash:verticals=40,slashes=40",
     "block_sparse:top_blocks=1",
-    "adaptive:dense_below=0",
+    "adaptive:dense_below=0,dense_first_rows=0",
 )
 ROOM = 60
 
