@@ -1,23 +1,26 @@
-"""What telemetry costs per generated token, on clusters of real processes with the demo model.
+"""What telemetry costs per generated token, on a cluster of real processes with the demo model.
 
-Three clusters, each a coordinator, a worker and two nodes, hold the same context and take turns of
-some tokens each: two without telemetry, whose difference is what noise alone makes, and one with
-all of it (metrics on /metrics, scraped, and to a collector, 1% of the requests traced, quality of
-retrieval sampled). On the last one further turns have every request traced.
+While one generation goes on, the instruments and spans of coordinator, worker and nodes are turned
+off and on again every few tokens (`benchmarks/switchable.py`): the same processes at nearly the
+same time, since two clusters, or a minute on a busy machine, differ by more than telemetry costs.
+With telemetry means: metrics on /metrics, scraped, and to a collector, and 1% of the requests
+traced. The sampling of quality, which has a CPU budget of its own beside the token path, is off.
 
-Two figures per turn: the mean time between tokens as the coordinator saw it, and the CPU time of
-the cluster's processes per token, which other work on the machine disturbs less and which also
-counts what happens beside the token path. Times are medians over rounds of a turn's time over that
-of the two clusters without in the same round; CPU times are sums over all turns.
+Two figures per block of tokens: the median time between two as the client saw it, and the CPU time
+of all processes per token. Overheads are medians over rounds of a block's figure over the mean of
+the two blocks without telemetry in the same round; the difference of those two is the noise. Short
+generations of which every step is traced take turns with others that are not: what a trace costs.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import tempfile
 import threading
 import time
+import timeit
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +35,8 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from benchmarks.report import Report, argument_parser
+from benchmarks.switchable import make_switchable, switch
+from coordinator.request_trace import STEPS_FIRST
 from longreach import telemetry
 from longreach.local_cluster import LocalCluster
 from longreach.sdk import Client
@@ -44,7 +49,11 @@ OVERHEAD_LIMIT = 0.02
 SCRAPE_S = 5.0
 """Prometheus's usual interval is three times as long."""
 TRACEPARENT = "00-{:032x}-00f067aa0ba902b7-01"
-ARMS = ("off", "off again", "on", "on, every request traced")
+ARMS = ("off", "on", "off again")
+TRACED = ("steps not traced", "steps traced")
+BLOCK_TOKENS = 8
+SETTLE_TOKENS = 2
+"""Tokens after a switch that are not counted: they were on their way."""
 
 
 class Collector(
@@ -102,16 +111,17 @@ def scraping(cluster: LocalCluster) -> Iterator[None]:
 
 
 def start(folder: Path, endpoint: str) -> LocalCluster:
-    """A cluster; with telemetry where there is a collector."""
-    on = {"metrics_listen": "127.0.0.1:0", "otlp_endpoint": endpoint} if endpoint else {}
-    return LocalCluster(
+    """A cluster with telemetry, which can be turned off."""
+    on = {"metrics_listen": "127.0.0.1:0", "otlp_endpoint": endpoint}
+    cluster = LocalCluster(
         MODEL,
         nodes=NODES,
         data_dir=folder,
         worker_flags={"threads": 1, **on},
-        node_flags={"attend_threads": 1, **on},
+        node_flags={"attend_threads": 1, "quality_sample_share": 0, **on},
         coordinator_flags=on,
-    ).start()
+    )
+    return make_switchable(cluster).start()
 
 
 def prepared(client: Client) -> str:
@@ -125,71 +135,92 @@ def prepared(client: Client) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """Milliseconds per token: between tokens, and of CPU time in all processes."""
+class Block:
+    """Milliseconds per token: between two, and of CPU time in all processes."""
 
     token_ms: float
     cpu_ms: float
 
 
-def take_turn(cluster: LocalCluster, client: Client, context: str, tokens: int) -> Turn:
-    """One generation."""
-    before = cpu_s(cluster)
-    answer = client.generate([1, 2, 3], context=context, max_tokens=tokens, ignore_eos=True)
+def take_block(cluster: LocalCluster, stream: Iterator[object], tokens: int) -> Block:
+    """Reads some tokens of a generation."""
+    before, began = cpu_s(cluster), time.perf_counter()
+    at = [began, *(time.perf_counter() for _ in itertools.islice(stream, tokens))]
     spent = cpu_s(cluster) - before
-    return Turn(1e3 * answer.timing.per_token_s, 1e3 * spent / tokens)
+    token_s = statistics.median(later - one for one, later in itertools.pairwise(at))
+    return Block(1e3 * token_s, 1e3 * spent / tokens)
 
 
 def cpu_s(cluster: LocalCluster) -> float:
     """CPU seconds that the cluster's processes have used so far."""
-    ticks = 0
+    # Linux's clock of another process (clock_getcpuclockid), exact where /proc counts in ticks.
+    return sum(time.clock_gettime(~member.pid << 3 | 2) for member in cluster.members)
+
+
+def alternate(
+    cluster: LocalCluster, client: Client, context: str, rounds: int
+) -> dict[str, list[Block]]:
+    """Blocks of one generation, telemetry off and on in turns."""
+    measured: dict[str, list[Block]] = {arm: [] for arm in ARMS}
+    tokens = (rounds + 1) * len(ARMS) * (SETTLE_TOKENS + BLOCK_TOKENS) + 1
+    with client.stream([1, 2, 3], context=context, max_tokens=tokens, ignore_eos=True) as stream:
+        for number in range(-1, rounds):  # the first round warms up
+            for turn in range(len(ARMS)):
+                arm = ARMS[(turn + number) % len(ARMS)]  # each round begins with another one
+                for member in cluster.members:
+                    switch(member, arm == "on")
+                for _ in itertools.islice(stream, SETTLE_TOKENS):
+                    pass
+                block = take_block(cluster, stream, BLOCK_TOKENS)
+                if number >= 0:
+                    measured[arm].append(block)
+    return measured
+
+
+def trace_some(
+    cluster: LocalCluster, client: Client, context: str, rounds: int
+) -> dict[str, list[Block]]:
+    """Short generations, of which every other one has all of its steps traced."""
+    measured: dict[str, list[Block]] = {arm: [] for arm in TRACED}
     for member in cluster.members:
-        fields = Path(f"/proc/{member.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+        switch(member, True)
+    for number in range(rounds):
+        for turn in range(len(TRACED)):
+            arm = TRACED[(turn + number) % len(TRACED)]
+            traced = (("traceparent", TRACEPARENT.format(1000 + number)),)
+            client._metadata = traced if arm == TRACED[1] else ()
+            with client.stream([1], context=context, max_tokens=STEPS_FIRST) as stream:
+                next(stream)
+                measured[arm].append(take_block(cluster, stream, STEPS_FIRST - 1))
+    client._metadata = ()
+    return measured
 
 
-def run(rounds: int, tokens: int) -> tuple[dict[str, list[Turn]], int]:
-    """Each arm's turns, and how many spans were sent."""
-    measured: dict[str, list[Turn]] = {arm: [] for arm in ARMS}
+def run(rounds: int) -> tuple[dict[str, list[Block]], dict[str, list[Block]], int]:
+    """Blocks by arm, those of traced and other generations, and how many spans were sent."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         endpoint, collector = stack.enter_context(collecting())
-        with ThreadPoolExecutor(3) as pool:
-            clusters = list(pool.map(start, (folder / name for name in "abc"), ("", "", endpoint)))
-        for cluster in clusters:
-            stack.callback(cluster.stop)
-        clients = [stack.enter_context(each.client(timeout_s=120)) for each in clusters]
-        contexts = [prepared(client) for client in clients]
-        stack.enter_context(scraping(clusters[2]))
-        for number in range(-1, rounds):
-            for turn in range(len(ARMS)):
-                arm = (turn + number) % len(ARMS)  # each round begins with another one
-                place = min(arm, 2)
-                traced = TRACEPARENT.format(1000 + number) if arm == 3 else ""
-                clients[place]._metadata = (("traceparent", traced),) if traced else ()
-                found = take_turn(clusters[place], clients[place], contexts[place], tokens)
-                if number >= 0:  # the first round warms up
-                    measured[ARMS[arm]].append(found)
+        cluster = start(folder, endpoint)
+        stack.callback(cluster.stop)
+        client = stack.enter_context(cluster.client(timeout_s=120))
+        context = prepared(client)
+        stack.enter_context(scraping(cluster))
+        measured = alternate(cluster, client, context, rounds)
+        traced = trace_some(cluster, client, context, max(4, rounds // 4))
         time.sleep(1.0)
-    return measured, collector.spans
+        return measured, traced, collector.spans
 
 
-def time_overheads(measured: dict[str, list[Turn]]) -> dict[str, float]:
+def overheads(measured: dict[str, list[Block]], figure: str) -> dict[str, float]:
     """Of each arm, over the mean of the two without telemetry in the same round; medians."""
-    pairs = zip(measured["off"], measured["off again"], strict=True)
-    base = [(one.token_ms + other.token_ms) / 2 for one, other in pairs]
+    values = {arm: [getattr(block, figure) for block in blocks] for arm, blocks in measured.items()}
+    pairs = zip(values["off"], values["off again"], strict=True)
+    base = [(one + other) / 2 for one, other in pairs]
     return {
-        arm: statistics.median(t.token_ms / b for t, b in zip(turns, base, strict=True)) - 1
-        for arm, turns in measured.items()
+        arm: statistics.median(v / b for v, b in zip(each, base, strict=True)) - 1
+        for arm, each in values.items()
     }
-
-
-def cpu_overheads(measured: dict[str, list[Turn]]) -> dict[str, float]:
-    """Of each arm, over the mean of the two without telemetry; over all rounds."""
-    totals = {arm: sum(turn.cpu_ms for turn in turns) for arm, turns in measured.items()}
-    base = (totals["off"] + totals["off again"]) / 2
-    return {arm: total / base - 1 for arm, total in totals.items()}
 
 
 def measurement_us() -> dict[str, float]:
@@ -206,44 +237,53 @@ def measurement_us() -> dict[str, float]:
     return found
 
 
-def _each_us(work: Callable[[], None], times: int = 20_000) -> float:
-    began = time.perf_counter()
-    for _ in range(times):
-        work()
-    return 1e6 * (time.perf_counter() - began) / times
+def _each_us(work: Callable[[], None], times: int = 2_000) -> float:
+    """The best of several runs: what else the machine did is not of interest."""
+    return 1e6 * min(timeit.repeat(work, number=times, repeat=20)) / times
 
 
 def report_on(
-    measured: dict[str, list[Turn]], spans: int, each_us: dict[str, float], report: Report
+    measured: dict[str, list[Block]],
+    traced: dict[str, list[Block]],
+    spans: int,
+    each_us: dict[str, float],
+    report: Report,
 ) -> None:
     """Rows and targets from the measurements."""
-    times, cpu = time_overheads(measured), cpu_overheads(measured)
-    for arm, turns in measured.items():
+    times, cpu = overheads(measured, "token_ms"), overheads(measured, "cpu_ms")
+    for arm, blocks in measured.items():
         report.add(
             what=f"telemetry {arm}",
-            token_ms=statistics.median(turn.token_ms for turn in turns),
-            cpu_ms_per_token=statistics.mean(turn.cpu_ms for turn in turns),
+            **_medians(blocks),
             token_overhead_share=times[arm],
             cpu_overhead_share=cpu[arm],
-            spans=spans if arm == ARMS[3] else 0,
         )
+    for arm, blocks in traced.items():
+        report.add(what=arm, **_medians(blocks), spans=spans if arm == TRACED[1] else 0)
     for what, cost_us in each_us.items():
         report.add(what=what, us_each=cost_us)
-    noise = abs(times["off"] - times["off again"])
-    report.at_most(
-        "time between tokens with telemetry, over that without",
-        OVERHEAD_LIMIT,
-        times["on"],
-        "more",
-        f"the two clusters without differ by {noise:.3f}; CPU time per token, which includes the "
-        f"sampling of quality beside the token path, is {cpu['on']:+.3f}",
-    )
+    for name, found in (("time between tokens", times), ("CPU time per token", cpu)):
+        noise = abs(found["off"] - found["off again"])
+        report.at_most(
+            f"{name} with telemetry, over that without",
+            OVERHEAD_LIMIT,
+            found["on"],
+            "more",
+            f"blocks without telemetry differ by {noise:.3f}",
+        )
+
+
+def _medians(blocks: list[Block]) -> dict[str, float]:
+    return {
+        "token_ms": statistics.median(block.token_ms for block in blocks),
+        "cpu_ms_per_token": statistics.median(block.cpu_ms for block in blocks),
+    }
 
 
 def main() -> None:
     """Runs the benchmark from the command line."""
     arguments = argument_parser("telemetry", __doc__ or "").parse_args()
-    rounds, tokens = (16, 24) if arguments.quick else (60, 64)
+    rounds = 40 if arguments.quick else 300
     report = Report(
         "telemetry",
         config={
@@ -251,14 +291,14 @@ def main() -> None:
             "context_tokens": CONTEXT_TOKENS,
             "nodes": NODES,
             "rounds": rounds,
-            "tokens_per_turn": tokens,
+            "block_tokens": BLOCK_TOKENS,
             "scrape_s": SCRAPE_S,
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
         },
         quick=arguments.quick,
     )
-    measured, spans = run(rounds, tokens)
-    report_on(measured, spans, measurement_us(), report)
+    measured, traced, spans = run(rounds)
+    report_on(measured, traced, spans, measurement_us(), report)
     report.finish(arguments.json)
 
 

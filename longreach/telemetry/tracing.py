@@ -42,6 +42,11 @@ def switch_off() -> None:
     _tracer = None
 
 
+def tracer() -> Tracer | None:
+    """What makes the spans; None while nothing is traced."""
+    return _tracer
+
+
 class Span:
     """A sampled span that is under way. `traceparent` is how others name it as their parent."""
 
