@@ -25,7 +25,7 @@ compose() {
 finish() {
   status=$?
   if [ $status != 0 ]; then compose logs --tail 40 >&2 || true; fi
-  compose down --volumes --timeout 20 >/dev/null 2>&1 || true
+  compose --profile observability down --volumes --timeout 20 >/dev/null 2>&1 || true
   if [ -n "$DAEMON" ]; then kill "$DAEMON" && wait "$DAEMON" || true; fi
   exit $status
 }
@@ -78,6 +78,21 @@ RUN install --directory --owner=999 --group=1000 /data
 END
 }
 
+need_prometheus() {
+  image=$(sed -n 's/^ *image: \(prom\/.*\)/\1/p' docker-compose.yml)
+  if docker image inspect "$image" >/dev/null 2>&1 || docker pull "$image" >/dev/null 2>&1; then
+    return
+  fi
+  say "$image cannot be pulled: Debian's Prometheus stands in"
+  docker build --network host -t "$image" - >"$WORK/prometheus.log" 2>&1 <<END
+FROM $BASE
+RUN apt-get update && apt-get install --yes --no-install-recommends prometheus wget
+RUN install --directory --owner=65534 --group=65534 /prometheus
+USER 65534:65534
+ENTRYPOINT ["prometheus"]
+END
+}
+
 build() {
   for image in coordinator:coordinator:test retrieval-node:retrieval-node:test worker-cpu:worker:test-cpu; do
     target=${image%%:*} name=longreach-${image#*:}
@@ -109,6 +124,7 @@ expect() { # expect WHAT PATTERN TEXT
 need_daemon
 need_base
 need_valkey
+need_prometheus
 build
 compose up --detach --no-build
 wait_healthy
@@ -142,6 +158,24 @@ expect "and asked" '"coverage": 1' "$(ask_doc 'Which walk?')"
 expect "OpenAI's API lists the model" '"object": "list"' "$(ask_http /v1/models)"
 expect "and completes" '"finish_reason": "(stop|length)"' \
   "$(ask_http /v1/completions '{"prompt": "What is stored here?", "max_tokens": 4}')"
+
+ask_prometheus() { # ask_prometheus QUERY
+  compose exec -T coordinator python - "$1" <<'END'
+import sys, urllib.parse, urllib.request
+url = "http://prometheus:9090/api/v1/query?" + urllib.parse.urlencode({"query": sys.argv[1]})
+print(urllib.request.urlopen(url, None, 60).read().decode())
+END
+}
+
+say "starting Prometheus beside it"
+compose up --detach --no-build prometheus
+for _ in $(seq 30); do
+  found=$(ask_prometheus 'sum(up{release="compose"})' 2>&1 || true)
+  if grep -q '"5"' <<<"$found"; then break; fi
+  sleep 2
+done
+expect "Prometheus finds every service" '"5"' "$found"
+expect "and what they count" '"3"' "$(ask_prometheus 'count(longreach:memory_limit_bytes)')"
 
 say "killing a node: its copies are on the others"
 compose kill node-0
