@@ -32,13 +32,6 @@ pytestmark = pytest.mark.cluster
 
 NODES = 3
 TOKENS = 12
-ELSEWHERE = {
-    name: "fed by the sampling of answers, which has its own test"
-    for name in METRICS
-    if name.startswith("retrieval_") and "sample" in name
-}
-"""Metrics that this test does not look for, and why."""
-
 Labels = dict[str, str]
 
 
@@ -80,7 +73,7 @@ def cluster(
             nodes=NODES,
             data_dir=tmp_path_factory.mktemp("telemetry"),
             worker_flags={**WORKER_FLAGS, **on},
-            node_flags={"index_kind": "sketch", **on},
+            node_flags={"index_kind": "sketch", "quality_sample_share": 1, **on},
             coordinator_flags={
                 "inline_prompt_tokens": 128,
                 "repair_grace_s": 0,
@@ -120,7 +113,7 @@ def scraped(cluster: LocalCluster) -> dict[str, dict[str, Scrape]]:
     }
 
 
-@pytest.mark.parametrize("name", [each for each in METRICS if each not in ELSEWHERE])
+@pytest.mark.parametrize("name", METRICS)
 def test_every_metric_is_exported_by_its_services_with_its_labels(
     scraped: dict[str, dict[str, Scrape]], name: str
 ) -> None:
