@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -46,7 +47,8 @@ void demote_faint(const KernelTable& k, const HeadTask& task, SketchSearch& sear
   // Tail sums are corrected for the codes' error later, which these weights do not have.
   float to_tail[kCodeHeads];
   for (int g = 0; g < task.group; ++g)
-    to_tail[g] = std::exp(highest[g] - search.reference(g) - search.correction(g));
+    to_tail[g] = std::exp(
+        std::min(kLargestTail, highest[g] - search.reference(g) - search.correction(g)));
   const float bar = fewest_for_sum(k, squares, count, (1 - kFaint * kFaint) * task.group).bar;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t summary = attention.candidate(i) / kSummaryKeys;

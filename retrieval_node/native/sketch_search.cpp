@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 namespace longreach {
 namespace {
@@ -423,8 +424,11 @@ void SketchSearch::choose_for_tail(const KernelTable& k, const HeadTask& task) {
   double needed = 0;
   for (int head = 0; head < heads; ++head) {
     const float* own = weights + head * count;
-    // Keys that are no hits weigh at most `bar` each, half of that when it counts.
-    const double bar = std::exp(static_cast<double>(reference(head) - weights_[head].top));
+    // Keys that are no hits weigh at most `bar` each, half of that when it counts. A head without
+    // hits of its own may have its bar far above what others hit.
+    constexpr double kFarAbove = 60;
+    const double bar = std::exp(
+        std::min(kFarAbove, static_cast<double>(reference(head) - weights_[head].top)));
     const double rest = bar * tail_sum_to(head, stop_);
     double listed = 0;
     for (int64_t i = 0; i < count; ++i) listed += static_cast<double>(own[i] * own[i]);
@@ -437,6 +441,10 @@ void SketchSearch::choose_for_tail(const KernelTable& k, const HeadTask& task) {
       squares[i] += own[i] * own[i] * per_square;
     }
   }
+  // Logits beyond floats have no order: then all hits are read.
+  const double sum = std::accumulate(shares, shares + count, 0.0) +
+                     std::accumulate(squares, squares + count, 0.0);
+  if (!std::isfinite(sum)) return;
   const double length = static_cast<double>(task.entry->rows.stop - task.entry->rows.start);
   const auto most = static_cast<int64_t>(kTailShare * heads * length);
   const float* rank = shares;
@@ -474,7 +482,8 @@ void SketchSearch::drop(Keep keep) {
   double to_tail[kCodeHeads] = {};
   if (tail_sums_)
     for (int head = 0; head < heads; ++head)
-      to_tail[head] = std::exp(static_cast<double>(weights_[head].top - reference(head)));
+      to_tail[head] = std::exp(
+          static_cast<double>(std::min(kLargestTail, weights_[head].top - reference(head))));
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t id = hits_.ids[i];

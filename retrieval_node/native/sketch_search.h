@@ -7,6 +7,10 @@
 
 namespace longreach {
 
+// Tail sums are floats relative to the bar: a weight that would exceed exp of this is taken for
+// that. What lies so far above the bar and joins the tail is nothing beside the head's best keys.
+constexpr float kLargestTail = 80.0f;
+
 // The search of one row of one KV head; a thread reuses one for all its tasks.
 class SketchSearch {
  public:

@@ -36,7 +36,8 @@ bool nibbles_fit(const CodeQueries& queries) {
       for (int byte = 0; byte < 4; ++byte) {
         const auto bits = static_cast<uint32_t>(queries.weights[h][quad]) >> (8 * byte);
         const int weight = static_cast<int8_t>(bits);
-        (weight > 0 ? highest : lowest)[byte / 2] += 15 * weight;
+        highest[byte / 2] += weight > 0 ? 15 * weight : 0;
+        lowest[byte / 2] += weight < 0 ? 15 * weight : 0;
       }
     for (int pair = 0; pair < 2; ++pair)
       if (highest[pair] > kMost || lowest[pair] < -kMost) return false;
