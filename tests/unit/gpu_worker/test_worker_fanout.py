@@ -39,6 +39,7 @@ from longreach.types import (
     WorkFigures,
 )
 from longreach.wire import NodeTiming
+from tests.unit.telemetry.measured import measured
 
 LAYERS = (LayerGeometry(0, 8, 4, 16, 12),)
 SCALE = 0.25
@@ -331,6 +332,37 @@ def test_connections_that_fail_again_and_again_are_left_alone(tier: Tier) -> Non
     node.submit_error = None
     tier.attach(shard("a", ("n0",)))
     assert_exact(tier.ask(asked), asked)
+
+
+@pytest.mark.parametrize("how", ["lost", "refused", "no number"])
+def test_each_answer_and_each_failure_is_counted_once_for_its_node(tier: Tier, how: str) -> None:
+    tier.attach(shard("a", ("n0", "n1")))
+    broken = tier.nodes["n0"]
+    if how == "lost":
+        broken.submit_error = ConnectionLost("refused")
+    elif how == "refused":
+        broken.submit_error = Unavailable("n0 is full")
+    else:
+        spoilt = PartialAttention(
+            np.full((2, 8, 12), np.nan, np.float32), np.zeros((2, 8), np.float32)
+        )
+        broken.answer = lambda rows: dataclasses.replace(broken.exact(rows), partial=spoilt)
+    with measured("worker") as read:
+        asked = queries()
+        assert_exact(tier.ask(asked), asked)
+        assert read("retrieval_rpc_failures", node="n0") == 1
+        assert read("retrieval_rpc_failures", node="n1") == 0
+        assert read("retrieval_rpc_seconds", node="n1") == 1
+        assert read("retrieval_rpc_seconds", node="n0") == (how == "no number")
+
+
+def test_nodes_that_are_left_alone_are_counted(tier: Tier) -> None:
+    tier.attach(shard("a", ("n0",)))
+    tier.nodes["n0"].submit_error = ConnectionLost("refused")
+    assert tier.fanout.refused() == 0
+    for _ in range(4):
+        tier.ask(queries())
+    assert tier.fanout.refused() == 1
 
 
 def test_a_suspect_node_is_still_asked_where_it_is_the_only_one(tier: Tier) -> None:

@@ -31,6 +31,7 @@ from longreach.errors import (
 from longreach.security import Capability, sign
 from longreach.types import KvBlock, QuerySample, ShardEnd, Span
 from retrieval_node.copying import Bandwidth, Copier
+from tests.unit.telemetry.measured import measured
 
 
 def leave(context_id: str = "ctx-test", epoch: int = 2, tenant: str = TENANT) -> bytes:
@@ -130,8 +131,11 @@ def test_damage_on_the_way_is_found_and_nothing_is_served(source, sequence):
         return part
 
     target = make_store()
-    with pytest.raises(Internal, match="checksum") as caught:
-        copy(target, Wire(source, harm))
+    with measured("node") as read:
+        with pytest.raises(Internal, match="checksum") as caught:
+            copy(target, Wire(source, harm))
+        assert read("checksum_failures") == 1
+        assert read("copy_bytes", direction="in") == read("copy_bytes", direction="out") > 0
     assert caught.value.reason == "CHECKSUM_MISMATCH"
     assert target.inventory()[0] == []
     assert target.stats().context_bytes == 0

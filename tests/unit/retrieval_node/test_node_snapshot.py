@@ -26,6 +26,7 @@ from retrieval_node.memory import MemoryBudget
 from retrieval_node.shard_file import read_shard
 from retrieval_node.store import Store
 from retrieval_node.tensor_file import BrokenFileError, TensorFile, write_tensors
+from tests.unit.telemetry.measured import measured
 
 
 def wait_written(store: Store) -> None:
@@ -161,7 +162,9 @@ def test_a_file_that_was_cut_short_is_put_aside_and_not_served(tmp_path, share):
     with open(path, "r+b") as file:
         file.truncate(int(path.stat().st_size * share))
     store = make_store(snapshot_dir=tmp_path)
-    assert store.load_snapshots() == 0
+    with measured("node") as read:
+        assert store.load_snapshots() == 0
+        assert read("checksum_failures") == read("snapshot_failures") == 1
     assert store.inventory() == ([], [])
     assert store.stats().context_bytes == 0
     assert files(tmp_path) == []
