@@ -2,14 +2,15 @@
 
 For each shape and length it times attention chunk by chunk, as prefill runs it: selection (the
 pattern's index) and attention apart, the density the executor really had, and the output's error
-against dense. Long prompts are sampled: `--chunks` chunks spread evenly over the prompt are
-measured and the whole is their mean times the number of chunks; dense and sparse see the same
-chunks. On a machine that others use, one thread (OMP_NUM_THREADS=1) and `--clock cpu` leave out the
+against dense. Long prompts are sampled: `--chunks` chunks are measured, the last for itself, the
+others each for the run of chunks in whose middle it lies; dense and sparse see the same chunks.
+On a machine that others use, one thread (OMP_NUM_THREADS=1) and `--clock cpu` leave out the
 time in which others ran.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -50,11 +51,17 @@ class Measured:
     visible: int = 0
 
 
-def sampled_starts(n: int, chunks: int) -> list[int]:
-    """Starts of the chunks to measure, spread evenly, the last one included."""
-    total = -(-n // CHUNK_ROWS)
-    count = min(chunks, total)
-    return [(total - 1 - i * total // count) * CHUNK_ROWS for i in range(count)][::-1]
+def sampled_chunks(n: int, chunks: int) -> list[tuple[int, int]]:
+    """(start, how many chunks it stands for) of the chunks to measure.
+
+    The last one, some of whose rows patterns attend densely, stands for itself only; each of the
+    others is the middle of a run of chunks.
+    """
+    last = -(-n // CHUNK_ROWS) - 1
+    runs = min(chunks - 1, last)
+    edges = [i * last // runs for i in range(runs + 1)] if runs else []
+    middles = [((low + high - 1) // 2, high - low) for low, high in itertools.pairwise(edges)]
+    return [(chunk * CHUNK_ROWS, count) for chunk, count in [*middles, (last, 1)]]
 
 
 def run_pattern(
@@ -95,36 +102,35 @@ def measure(
             began = clock()
             states[name] = pattern.probe(heads.q[:, -64:], heads.k, d**-0.5)
             probe_s[name] = clock() - began
-    starts = sampled_starts(n, chunks)
-    share = -(-n // CHUNK_ROWS) / len(starts)
     dense_times: list[float] = []
+    dense_s = 0.0
     sums = {name: Measured() for name in patterns}
-    for start in starts:
+    for start, count in sampled_chunks(n, chunks):
         stop = min(n, start + CHUNK_ROWS)
         began = clock()
         dense = causal_attention(
             heads.q[:, start:stop], heads.k[:, :stop], heads.v[:, :stop], start, d**-0.5
         )
         dense_times.append(clock() - began)
+        dense_s += dense_times[-1] * count
         for name, pattern in patterns.items():
             result, select_s, attend_s = run_pattern(pattern, heads, start, states.get(name), clock)
             each = sums[name]
-            each.select_s += select_s
-            each.attend_s += attend_s
-            each.squared_error += float((result.output - dense.output).square().sum())
-            each.squared_norm += float(dense.output.square().sum())
-            each.attended += result.pairs_attended
-            each.visible += result.pairs_visible
-    dense_s = sum(dense_times) * share
+            each.select_s += select_s * count
+            each.attend_s += attend_s * count
+            each.squared_error += float((result.output - dense.output).square().sum()) * count
+            each.squared_norm += float(dense.output.square().sum()) * count
+            each.attended += result.pairs_attended * count
+            each.visible += result.pairs_visible * count
     report.add(
         shape=shape, tokens=n, method="dense", total_s=dense_s, select_s=0.0, speedup=1.0,
         density=1.0, output_error=0.0, chunk_median_s=statistics.median(dense_times),
     )  # fmt: skip
     for name, each in sums.items():
-        total_s = (each.select_s + each.attend_s) * share + probe_s[name]
+        total_s = each.select_s + each.attend_s + probe_s[name]
         report.add(
             shape=shape, tokens=n, method=name, total_s=total_s,
-            select_s=each.select_s * share + probe_s[name], speedup=dense_s / total_s,
+            select_s=each.select_s + probe_s[name], speedup=dense_s / total_s,
             density=each.attended / each.visible,
             output_error=(each.squared_error / each.squared_norm) ** 0.5,
         )  # fmt: skip
