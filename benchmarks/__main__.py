@@ -11,7 +11,10 @@ from typing import Any
 
 from benchmarks.plots import PLOTS
 
-BENCHMARKS = ("rpc", "retrieval", "decode", "prefill", "prefill_accuracy", "telemetry", "gpu")
+BENCHMARKS = (
+    "rpc", "retrieval", "decode", "prefill", "prefill_accuracy", "prefill_shared", "telemetry",
+    "gpu",
+)  # fmt: skip
 
 
 def run(name: str, output: Path, quick: bool) -> Path:

@@ -58,7 +58,7 @@ def sampled_chunks(n: int, chunks: int) -> list[tuple[int, int]]:
     others is the middle of a run of chunks.
     """
     last = -(-n // CHUNK_ROWS) - 1
-    runs = min(chunks - 1, last)
+    runs = min(max(1, chunks - 1), last)
     edges = [i * last // runs for i in range(runs + 1)] if runs else []
     middles = [((low + high - 1) // 2, high - low) for low, high in itertools.pairwise(edges)]
     return [(chunk * CHUNK_ROWS, count) for chunk, count in [*middles, (last, 1)]]

@@ -188,7 +188,7 @@ class Adaptive(Pattern):
         most = self.fine_blocks + len(keys.blocks) // _FINE_PART
         count = min(len(keys.blocks), most, max(promising, self.least_blocks))
         where = worth.topk(count, sorted=False).indices
-        logits = torch.bmm(row_q, keys.runs[where].flatten(1, 2).transpose(1, 2)).float()
+        logits = products_of_some(row_q, keys.runs, where)
         rows = where[:, None].expand(-1, row_q.shape[1], -1)
         if count > ends[0]:
             # What a query block may not choose stays impossible, run by run.
@@ -310,6 +310,19 @@ def products(q: Tensor, k: Tensor) -> Tensor:
     for low in range(0, k.shape[0], _SLICE_KEYS):
         part = slice(low, low + _SLICE_KEYS)
         torch.mm(q, k[part].to(working).T, out=out[:, part])
+    return out
+
+
+def products_of_some(q: Tensor, runs: Tensor, where: Tensor) -> Tensor:
+    """q·k in fp32 [query blocks, r, c * runs in a block] with the runs of the blocks of keys that
+    each query block names: q [query blocks, r, d], runs [blocks, runs in a block, d], where [query
+    blocks, c]."""
+    if q.is_cuda:
+        return torch.bmm(q, runs[where].flatten(1, 2).transpose(1, 2)).float()
+    # One by one: the keys of all query blocks together would not stay in a cache.
+    out = torch.empty(*q.shape[:2], where.shape[1] * runs.shape[1])
+    for each, rows, named in zip(out, q, where, strict=True):
+        each.copy_(rows @ runs.index_select(0, named).flatten(0, 1).T)
     return out
 
 
