@@ -52,8 +52,8 @@ double named_keys(const Budget& budget) {
   return budget.rule == BudgetRule::kMass ? static_cast<double>(budget.floor) : 0.0;
 }
 
-// The `wanted`-th highest of `count` scores, 1 <= wanted <= min(kFewHighest, count): a heap that few
-// scores enter.
+// The `wanted`-th highest of `count` scores, 1 <= wanted <= min(kFewHighest, count), by a heap that
+// few scores enter.
 int32_t lowest_of_highest(const int32_t* scores, int64_t count, int64_t wanted) {
   int32_t heap[kFewHighest];
   const auto lowest_first = std::greater<int32_t>();

@@ -166,6 +166,18 @@ def test_a_sharp_head_reads_few_values_and_a_diffuse_one_many(long, tier, group)
     assert attended[8] < attended[4] < 0.012 < 0.02 < attended[1] < 0.1
 
 
+def test_heads_of_very_different_sharpness_are_searched_together(long, tier):
+    """Weights of one head relative to another's bar exceed what floats hold."""
+    _, index = long
+    heads = Heads(20_013, kv_heads=2)
+    queries = heads.queries(3) * np.array([0.01, 1.0, 40.0, 1000.0], np.float32)[:, None]
+    budget = Budget(top_k=100, tail_estimate=True)
+    answer = ask(index, queries, budget, Span(0, 20_013))
+    output, lse, _ = heads.reference(queries)
+    assert np.median(relative_error(answer.partial.output, output)) < 0.1
+    np.testing.assert_allclose(answer.partial.lse, lse, atol=0.1, rtol=1e-4)
+
+
 def test_whitening_by_queries_finds_more_than_whitening_by_keys_alone():
     """RetrievalAttention, section 3.2: an index must know the queries' distribution."""
     heads = Heads(12_000, seed=3)
