@@ -159,6 +159,7 @@ class FakeSession:
 
     tokens: list[int]
     stop: int
+    epoch: int = 0
 
 
 @dataclass
@@ -245,13 +246,17 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         )
         tokens = self.contexts[record.context_id] if record.context_id else []
         held = [*tokens[: record.context_stop], *record.known_ids[: self.nodes_hold]]
-        self.sessions[record.session_id] = FakeSession(held, len(held))
+        self.sessions[record.session_id] = FakeSession(held, len(held), record.epoch)
         self.opened.append(record.session_id)
         return worker_pb2.WorkerServiceOpenSessionResponse(stop=len(held), resident_bytes=4096)
 
     @map_errors
     def CloseSession(self, request: Any, context: Any) -> Any:
         self.closed.append(request.session_id)
+        session = self.sessions.get(request.session_id)
+        # Opened anew under a newer epoch meanwhile: a real worker leaves that alone too.
+        if session is not None and 0 < request.epoch < session.epoch:
+            return worker_pb2.WorkerServiceCloseSessionResponse(closed=False)
         was_open = self.sessions.pop(request.session_id, None) is not None
         return worker_pb2.WorkerServiceCloseSessionResponse(closed=was_open and self.closes_nodes)
 
