@@ -206,8 +206,17 @@ class SqliteCatalog(Catalog):
         return await self._run(read)
 
     async def close(self) -> None:
-        """Closes the file."""
-        await asyncio.to_thread(self._db.close)
+        """Closes the file, once no transaction is at work.
+
+        One whose caller was cancelled goes on in its thread; SQLite crashes the process when its
+        connection is closed meanwhile.
+        """
+
+        def close() -> None:
+            with self._lock:
+                self._db.close()
+
+        await asyncio.to_thread(close)
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch and epoch < self._epoch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import signal
@@ -9,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -162,6 +164,28 @@ async def test_a_broken_write_changes_nothing():
         await catalog.put(dataclasses.replace(RECORD, name="new"), [-1])
     assert (await catalog.get("ctx-1")).name == RECORD.name
     await catalog.close()
+
+
+async def test_closing_waits_for_a_transaction_whose_caller_was_cancelled(tmp_path):
+    catalog = SqliteCatalog(str(tmp_path))
+    await catalog.put(RECORD)
+    began, go_on, read = threading.Event(), threading.Event(), []
+
+    def slow(db: sqlite3.Connection) -> None:
+        began.set()
+        go_on.wait(30)
+        read.extend(db.execute("SELECT context_id FROM contexts").fetchall())
+
+    asking = asyncio.create_task(catalog._run(slow))
+    assert await asyncio.to_thread(began.wait, 30)
+    asking.cancel()
+    await asyncio.wait([asking])
+    closing = asyncio.create_task(catalog.close())
+    # What `slow` holds is free once it is done: only then may the connection go.
+    assert catalog._lock.locked()
+    go_on.set()
+    await closing
+    assert read == [("ctx-1",)]
 
 
 async def test_a_file_of_the_first_schema_is_taken_over(tmp_path):
