@@ -80,10 +80,12 @@ void attend_tiles(const KernelTable& k, const Rows& keys, const Rows& values, co
                   [&](int r) { return query_of(piece, t * kTile + r, keys.dim); });
   for (int64_t at = piece.start; at < piece.stop; at += kTileBlock) {
     const int64_t count = std::min(kTileBlock, piece.stop - at);
-    const RowChoice block{nullptr, at, count, &keys, at + kTileBlock};
+    // Each pass brings to the cache what the next one reads.
+    const RowChoice block_keys{nullptr, at, count, &values, at};
+    const RowChoice block_values{nullptr, at, count, &keys, at + kTileBlock};
     for (int64_t t = 0; t < tile_count; ++t) {
-      k.score(keys, block, tiles[t].tile(), scores);
-      add_block(k, values, block, rule, scores, kTile, sums, t * kTile);
+      k.score(keys, block_keys, tiles[t].tile(), scores);
+      add_block(k, values, block_values, rule, scores, kTile, sums, t * kTile);
     }
   }
 }

@@ -37,9 +37,8 @@ struct RowChoice {
   const int32_t* ids;
   int64_t first;
   int64_t count;
-  // Rows to be read right after, which `accumulate` brings to the cache meanwhile: arithmetic on
-  // the values then overlaps with waiting for the next keys. Row i + upcoming_first with row i; may
-  // be null.
+  // Rows to be read right after, which are brought to the cache meanwhile: arithmetic then overlaps
+  // with waiting for memory. Row i + upcoming_first with row i; may be null.
   const Rows* upcoming = nullptr;
   int64_t upcoming_first = 0;
 };

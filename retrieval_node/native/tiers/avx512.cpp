@@ -49,7 +49,7 @@ void score_bfloat16_keys(const Bfloat16* const* keys, int dim, const QueryTile& 
 template <bool Low>
 void score_bfloat16(const Rows& keys, const RowChoice& choice, const QueryTile& queries,
                     float* scores) {
-  vector::prefetch_first<Simd, Bfloat16>(keys, choice);
+  vector::prefetch_first<Simd, Bfloat16>(keys, choice, vector::kGatherAhead);
   const auto key = [&](int64_t i) {
     return keys.row<Bfloat16>(vector::row_index<Simd>(choice, i));
   };

@@ -13,10 +13,16 @@ namespace avx2 {
 struct Simd {
   using F = __m256;
   static constexpr int kWidth = 8;
+  static constexpr int kScoreKeys = 2;     // scored together: 2 keys x 4 queries of sums
   static constexpr int kValueVectors = 2;  // 4 rows x 2 vectors of sums fit in 16 registers
   static constexpr int kPanelKeys = 4;     // 4 keys x 2 vectors of 16 rows
 
   static F zero() { return _mm256_setzero_ps(); }
+  // Keeps the compiler from reading x from memory again at each use.
+  static F in_register(F x) {
+    asm("" : "+x"(x));
+    return x;
+  }
   static F all(float x) { return _mm256_set1_ps(x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }

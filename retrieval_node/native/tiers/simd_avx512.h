@@ -11,10 +11,16 @@ namespace avx512 {
 struct Simd {
   using F = __m512;
   static constexpr int kWidth = 16;
+  static constexpr int kScoreKeys = 2;     // scored together: 2 keys x 4 queries of sums
   static constexpr int kValueVectors = 4;  // 4 rows x 4 vectors of sums
   static constexpr int kPanelKeys = 8;     // 8 keys x 1 vector of 16 rows
 
   static F zero() { return _mm512_setzero_ps(); }
+  // Keeps the compiler from reading x from memory again at each use.
+  static F in_register(F x) {
+    asm("" : "+v"(x));
+    return x;
+  }
   static F all(float x) { return _mm512_set1_ps(x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }

@@ -5,11 +5,35 @@
 // standard-library function that might not be inlined is called here.
 #pragma once
 
+#include <utility>
+
 #include "kernels.h"
 #include "prefetch.h"
 
 namespace longreach {
 namespace vector {
+
+// After the parameters of a lambda that holds part of an inner loop: it is inlined before the
+// compiler decides which variables live in registers.
+#define LONGREACH_INLINE __attribute__((always_inline))
+
+template <int Number>
+struct Constant {
+  static constexpr int kValue = Number;
+  constexpr operator int() const { return Number; }
+};
+
+template <class Body, int... Numbers>
+inline LONGREACH_INLINE void unrolled_over(std::integer_sequence<int, Numbers...>, Body body) {
+  (body(Constant<Numbers>()), ...);
+}
+
+// body(0) ... body(Count - 1), each with a number known to the compiler. GCC unrolls plain loops
+// after it has decided what lives in registers: arrays of sums indexed in them stay in memory.
+template <int Count, class Body>
+inline LONGREACH_INLINE void unrolled(Body body) {
+  unrolled_over(std::make_integer_sequence<int, Count>(), body);
+}
 
 // Rows ahead to prefetch: contiguous rows (the hardware prefetcher helps), gathered rows.
 constexpr int64_t kStreamAhead = 16;
@@ -23,11 +47,10 @@ inline int64_t row_index(const RowChoice& choice, int64_t i) {
 template <class S, class T>
 inline void prefetch_row(const Rows& rows, int64_t index) {
   const char* p = reinterpret_cast<const char*>(rows.row<T>(index));
-  for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64)
-    prefetch(p + at);
+  for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64) prefetch(p + at);
 }
 
-// Prefetches the row that will be read a little after row i.
+// Prefetches the key that will be scored a little after key i.
 template <class S, class T>
 inline void prefetch_ahead(const Rows& rows, const RowChoice& choice, int64_t i) {
   if (!choice.ids)
@@ -36,50 +59,73 @@ inline void prefetch_ahead(const Rows& rows, const RowChoice& choice, int64_t i)
     prefetch_row<S, T>(rows, choice.ids[i + kGatherAhead]);
 }
 
-// Prefetches, into the second-level cache, what comes after this choice.
+// Prefetches elements [from, from + count) of a row that comes after this choice, with row i, into
+// the second-level cache.
 template <class S, class T>
-inline void prefetch_upcoming(const RowChoice& choice, int64_t i) {
+inline void prefetch_upcoming(const RowChoice& choice, int64_t i, int from, int count) {
   if (!choice.upcoming) return;
-  const Rows& rows = *choice.upcoming;
-  const char* p = reinterpret_cast<const char*>(rows.row<T>(choice.upcoming_first + i));
-  for (int at = 0; at < rows.dim * static_cast<int>(sizeof(T)); at += 64)
-    prefetch_second(p + at);
+  const T* row = choice.upcoming->row<T>(choice.upcoming_first + i);
+  for (int at = from; at < from + count; at += 64 / static_cast<int>(sizeof(T)))
+    prefetch_second(row + at);
 }
 
 template <class S, class T>
-inline void prefetch_first(const Rows& rows, const RowChoice& choice) {
+inline void prefetch_first(const Rows& rows, const RowChoice& choice, int64_t count) {
   if (!choice.ids) return;
-  for (int64_t i = 0; i < choice.count && i < kGatherAhead; ++i)
-    prefetch_row<S, T>(rows, choice.ids[i]);
+  for (int64_t i = 0; i < choice.count && i < count; ++i) prefetch_row<S, T>(rows, choice.ids[i]);
 }
 
 // ---- scores -------------------------------------------------------------------------------------
 
-template <class S, class T>
-inline void score_key(const T* key, int dim, const QueryTile& queries, float* scores) {
-  typename S::F sums[kTile];
-  for (int r = 0; r < kTile; ++r) sums[r] = S::zero();
+// Scores of `Keys` keys together: each loaded piece of the queries serves them all, and there are
+// more sums under way than an FMA takes cycles.
+template <class S, class T, int Keys>
+inline void score_keys(const T* const* keys, int dim, const QueryTile& queries, float* scores) {
+  typename S::F sums[Keys][kTile];
+  unrolled<Keys>([&](auto i) LONGREACH_INLINE {
+    unrolled<kTile>([&](auto r) LONGREACH_INLINE { sums[i][r] = S::zero(); });
+  });
+  const auto add = [&](int c, const typename S::F* pieces) LONGREACH_INLINE {
+    unrolled<kTile>([&](auto r) LONGREACH_INLINE {
+      const auto query = S::in_register(S::load(queries.wide + r * queries.stride + c));
+      unrolled<Keys>([&](auto i)
+                         LONGREACH_INLINE { sums[i][r] = S::fma(query, pieces[i], sums[i][r]); });
+    });
+  };
+  typename S::F pieces[Keys];
   int c = 0;
   for (; c + S::kWidth <= dim; c += S::kWidth) {
-    const auto x = S::load(key + c);
-    for (int r = 0; r < kTile; ++r)
-      sums[r] = S::fma(S::load(queries.wide + r * queries.stride + c), x, sums[r]);
+    unrolled<Keys>([&](auto i) LONGREACH_INLINE { pieces[i] = S::load(keys[i] + c); });
+    add(c, pieces);
   }
   if (c < dim) {  // the tile is zero-padded, so whole vectors of it may be read
-    const auto x = S::load_part(key + c, dim - c);
-    for (int r = 0; r < kTile; ++r)
-      sums[r] = S::fma(S::load(queries.wide + r * queries.stride + c), x, sums[r]);
+    unrolled<Keys>([&](auto i)
+                       LONGREACH_INLINE { pieces[i] = S::load_part(keys[i] + c, dim - c); });
+    add(c, pieces);
   }
-  S::sum4(sums[0], sums[1], sums[2], sums[3], scores);
+  unrolled<Keys>([&](auto i) LONGREACH_INLINE {
+    S::sum4(sums[i][0], sums[i][1], sums[i][2], sums[i][3], scores + i * kTile);
+  });
 }
 
 template <class S, class T>
 void score_typed(const Rows& keys, const RowChoice& choice, const QueryTile& queries,
                  float* scores) {
-  prefetch_first<S, T>(keys, choice);
-  for (int64_t i = 0; i < choice.count; ++i) {
-    prefetch_ahead<S, T>(keys, choice, i);
-    score_key<S, T>(keys.row<T>(row_index<S>(choice, i)), keys.dim, queries, scores + i * kTile);
+  constexpr int kKeys = S::kScoreKeys;
+  prefetch_first<S, T>(keys, choice, kGatherAhead);
+  int64_t i = 0;
+  for (; i + kKeys <= choice.count; i += kKeys) {
+    const T* rows[kKeys];
+    unrolled<kKeys>([&](auto j) LONGREACH_INLINE {
+      prefetch_ahead<S, T>(keys, choice, i + j);
+      prefetch_upcoming<S, T>(choice, i + j, 0, keys.dim);
+      rows[j] = keys.row<T>(row_index<S>(choice, i + j));
+    });
+    score_keys<S, T, kKeys>(rows, keys.dim, queries, scores + i * kTile);
+  }
+  for (; i < choice.count; ++i) {
+    const T* row = keys.row<T>(row_index<S>(choice, i));
+    score_keys<S, T, 1>(&row, keys.dim, queries, scores + i * kTile);
   }
 }
 
@@ -100,18 +146,24 @@ template <class S, int Keys>
 inline void score_panel_block(const float* keys, int dim, const float* panel, float* scores) {
   constexpr int kVectors = kPanel / S::kWidth;
   typename S::F sums[Keys][kVectors];
-  for (int i = 0; i < Keys; ++i)
-    for (int v = 0; v < kVectors; ++v) sums[i][v] = S::zero();
+  const auto each = [](auto body) LONGREACH_INLINE {
+    unrolled<Keys>([&](auto i) LONGREACH_INLINE {
+      unrolled<kVectors>([&](auto v) LONGREACH_INLINE { body(i, v); });
+    });
+  };
+  each([&](auto i, auto v) LONGREACH_INLINE { sums[i][v] = S::zero(); });
   for (int c = 0; c < dim; ++c) {
     typename S::F queries[kVectors];
-    for (int v = 0; v < kVectors; ++v) queries[v] = S::load(panel + c * kPanel + v * S::kWidth);
-    for (int i = 0; i < Keys; ++i) {
+    unrolled<kVectors>(
+        [&](auto v) LONGREACH_INLINE { queries[v] = S::load(panel + c * kPanel + v * S::kWidth); });
+    unrolled<Keys>([&](auto i) LONGREACH_INLINE {
       const auto x = S::all(keys[i * dim + c]);
-      for (int v = 0; v < kVectors; ++v) sums[i][v] = S::fma(x, queries[v], sums[i][v]);
-    }
+      unrolled<kVectors>([&](auto v)
+                             LONGREACH_INLINE { sums[i][v] = S::fma(x, queries[v], sums[i][v]); });
+    });
   }
-  for (int i = 0; i < Keys; ++i)
-    for (int v = 0; v < kVectors; ++v) S::store(scores + i * kPanel + v * S::kWidth, sums[i][v]);
+  each([&](auto i, auto v)
+           LONGREACH_INLINE { S::store(scores + i * kPanel + v * S::kWidth, sums[i][v]); });
 }
 
 template <class S>
@@ -250,8 +302,8 @@ void softmax_step(float* logits, int64_t count, int lanes, float* highest, float
 // ---- values -------------------------------------------------------------------------------------
 
 // Rows of values that are summed before the next are read: each is read once per few columns, which
-// must find it in the first-level cache.
-constexpr int64_t kRowsPerTurn = 64;
+// must find it in the first-level cache. Meanwhile the rows of the next turn are brought there.
+constexpr int64_t kRowsPerTurn = 32;
 
 // Rows [first, stop) of a choice.
 struct Turn {
@@ -259,31 +311,57 @@ struct Turn {
   int64_t stop;
 };
 
+// Prefetches elements [from, from + count) of row i of a choice, if it has that many.
+template <class S, class T>
+inline void prefetch_part(const Rows& rows, const RowChoice& choice, int64_t i, int from,
+                          int count) {
+  if (choice.ids && i >= choice.count) return;
+  const T* row = rows.row<T>(row_index<S>(choice, i));
+  for (int at = from; at < from + count; at += 64 / static_cast<int>(sizeof(T))) prefetch(row + at);
+}
+
 // Four rows of sums over `Vectors` vectors of the value, for the keys of one turn.
-template <class S, class T, int Vectors>
+template <class S, class T, int Vectors, bool Prefetch>
 inline void accumulate_columns(const Rows& values, const RowChoice& choice, Turn turn,
-                               const float* weights, int lanes, int column, bool prefetch,
-                               float* acc) {
+                               const float* weights, int lanes, int column, float* acc) {
   typename S::F sums[kTile][Vectors];
-  for (int r = 0; r < kTile; ++r)
-    for (int v = 0; v < Vectors; ++v)
-      sums[r][v] = S::load(acc + r * values.dim + column + v * S::kWidth);
+  const auto each = [](auto body) LONGREACH_INLINE {
+    unrolled<kTile>([&](auto r) LONGREACH_INLINE {
+      unrolled<Vectors>([&](auto v) LONGREACH_INLINE { body(r, v); });
+    });
+  };
+  const auto place = [&](int r, int v)
+                         LONGREACH_INLINE { return acc + r * values.dim + column + v * S::kWidth; };
+  each([&](auto r, auto v) LONGREACH_INLINE { sums[r][v] = S::load(place(r, v)); });
   for (int64_t i = turn.first; i < turn.stop; ++i) {
-    if (prefetch) {
-      prefetch_ahead<S, T>(values, choice, i);
-      prefetch_upcoming<S, T>(choice, i);
+    if (Prefetch) {
+      constexpr int kColumns = Vectors * S::kWidth;
+      prefetch_part<S, T>(values, choice, i + kRowsPerTurn, column, kColumns);
+      prefetch_upcoming<S, T>(choice, i, column, kColumns);
     }
     const T* value = values.row<T>(row_index<S>(choice, i)) + column;
     typename S::F x[Vectors];
-    for (int v = 0; v < Vectors; ++v) x[v] = S::load(value + v * S::kWidth);
-    for (int r = 0; r < kTile; ++r) {
+    unrolled<Vectors>([&](auto v) LONGREACH_INLINE { x[v] = S::load(value + v * S::kWidth); });
+    unrolled<kTile>([&](auto r) LONGREACH_INLINE {
       const auto weight = S::all(weights[i * lanes + r]);
-      for (int v = 0; v < Vectors; ++v) sums[r][v] = S::fma(weight, x[v], sums[r][v]);
-    }
+      unrolled<Vectors>([&](auto v)
+                            LONGREACH_INLINE { sums[r][v] = S::fma(weight, x[v], sums[r][v]); });
+    });
   }
-  for (int r = 0; r < kTile; ++r)
-    for (int v = 0; v < Vectors; ++v)
-      S::store(acc + r * values.dim + column + v * S::kWidth, sums[r][v]);
+  each([&](auto r, auto v) LONGREACH_INLINE { S::store(place(r, v), sums[r][v]); });
+}
+
+// The same. What comes next is prefetched with the first rows of sums, a line with the columns that
+// it begins in.
+template <class S, class T, int Vectors>
+inline void accumulate_columns(const Rows& values, const RowChoice& choice, Turn turn,
+                               const float* weights, int lanes, int column, bool first_rows,
+                               float* acc) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+  if (first_rows && column % kLine < Vectors * S::kWidth)
+    accumulate_columns<S, T, Vectors, true>(values, choice, turn, weights, lanes, column, acc);
+  else
+    accumulate_columns<S, T, Vectors, false>(values, choice, turn, weights, lanes, column, acc);
 }
 
 // The last columns, fewer than a vector.
@@ -303,22 +381,20 @@ inline void accumulate_rest(const Rows& values, const RowChoice& choice, Turn tu
 template <class S, class T>
 void accumulate_typed(const Rows& values, const RowChoice& choice, const float* weights, int lanes,
                       float* acc) {
-  prefetch_first<S, T>(values, choice);
+  prefetch_first<S, T>(values, choice, kRowsPerTurn);
   for (int64_t at = 0; at < choice.count; at += kRowsPerTurn) {
     const Turn turn{at, at + kRowsPerTurn < choice.count ? at + kRowsPerTurn : choice.count};
     for (int r = 0; r < lanes; r += kTile) {
       const float* w = weights + r;
       float* sums = acc + r * values.dim;
-      const auto first = [&](int column) { return r == 0 && column == 0; };
       int column = 0;
       for (; column + S::kValueVectors * S::kWidth <= values.dim;
            column += S::kValueVectors * S::kWidth)
-        accumulate_columns<S, T, S::kValueVectors>(values, choice, turn, w, lanes, column,
-                                                   first(column), sums);
+        accumulate_columns<S, T, S::kValueVectors>(values, choice, turn, w, lanes, column, r == 0,
+                                                   sums);
       for (; column + S::kWidth <= values.dim; column += S::kWidth)
-        accumulate_columns<S, T, 1>(values, choice, turn, w, lanes, column, first(column), sums);
-      if (column < values.dim)
-        accumulate_rest<S, T>(values, choice, turn, w, lanes, column, sums);
+        accumulate_columns<S, T, 1>(values, choice, turn, w, lanes, column, r == 0, sums);
+      if (column < values.dim) accumulate_rest<S, T>(values, choice, turn, w, lanes, column, sums);
     }
   }
 }
@@ -419,8 +495,7 @@ double sum_above(const float* values, int64_t count, float threshold) {
 template <class S>
 inline typename S::F tail_weights(const CodeTail& tail, int head, typename S::F scores) {
   if (tail.softcap > 0) {
-    const auto logits =
-        S::fma(scores, S::all(tail.slope[head]), S::all(tail.offset[head]));
+    const auto logits = S::fma(scores, S::all(tail.slope[head]), S::all(tail.offset[head]));
     return exponential<S>(S::sub(capped<S>(logits, tail.softcap), S::all(tail.reference[head])));
   }
   constexpr float kLog2e = 1.44269504088896341f;
@@ -430,31 +505,26 @@ inline typename S::F tail_weights(const CodeTail& tail, int head, typename S::F 
 
 // ---- number of heads as a compile-time constant -------------------------------------------------
 
-template <int Value>
-struct Heads {
-  static constexpr int kValue = Value;
-};
-
-// Calls body(Heads<heads>{}) for heads in [1, kCodeHeads].
+// Calls body(Constant<heads>()) for heads in [1, kCodeHeads].
 template <class Body>
 inline void with_heads(int heads, Body body) {
   switch (heads) {
     case 1:
-      return body(Heads<1>{});
+      return body(Constant<1>());
     case 2:
-      return body(Heads<2>{});
+      return body(Constant<2>());
     case 3:
-      return body(Heads<3>{});
+      return body(Constant<3>());
     case 4:
-      return body(Heads<4>{});
+      return body(Constant<4>());
     case 5:
-      return body(Heads<5>{});
+      return body(Constant<5>());
     case 6:
-      return body(Heads<6>{});
+      return body(Constant<6>());
     case 7:
-      return body(Heads<7>{});
+      return body(Constant<7>());
     case 8:
-      return body(Heads<8>{});
+      return body(Constant<8>());
   }
 }
 
