@@ -13,7 +13,7 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 // Under a tail estimate, candidates that together show no more than this in the output, as a share
 // of it, are not worth reading their values: they join the tail of their summaries.
-constexpr double kFaint = 0.003;
+constexpr double kFaint = 0.005;
 // Summaries whose weight is below this share of the total for every head are not read; their mass
 // still counts.
 constexpr float kNegligible = 2e-6f;

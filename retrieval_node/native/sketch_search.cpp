@@ -21,7 +21,7 @@ constexpr double kFewestCandidates = 64;
 // A tail estimate is as good as what it need not estimate: with one, up to this share of the scope
 // is read for each query head beside what the budget names. Measured to keep the median error of
 // the output below .05 on diffuse heads of 131,072 keys; at .006 it is .07.
-constexpr double kTailShare = 0.009;
+constexpr double kTailShare = 0.008;
 // Fewer are read where those left out would add no more than about this error.
 constexpr double kTailError = 0.015;
 // Candidates listed per one that may be read, as the heads of a group choose together.
