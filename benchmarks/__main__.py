@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.plots import PLOTS
 
 BENCHMARKS = (
-    "rpc", "retrieval", "decode", "prefill", "prefill_accuracy", "prefill_shared", "telemetry",
-    "gpu",
+    "rpc", "retrieval", "decode", "prefill", "prefill_accuracy", "prefill_shared",
+    "prefill_offload", "telemetry", "gpu",
 )  # fmt: skip
 
 
