@@ -10,6 +10,10 @@ namespace longreach {
 // Tail sums are floats relative to the bar: a weight that would exceed exp of this is taken for
 // that. What lies so far above the bar and joins the tail is nothing beside the head's best keys.
 constexpr float kLargestTail = 80.0f;
+// A tail estimate is as good as what it need not estimate: with one, up to this share of the scope
+// is read for each query head beside what the budget names. Measured to keep the median error of
+// the output below .05 on diffuse heads of 131,072 keys; .007 does not.
+constexpr double kTailShare = 0.008;
 
 // The search of one row of one KV head; a thread reuses one for all its tasks.
 class SketchSearch {
@@ -65,6 +69,7 @@ class SketchSearch {
   void raise_beta_bars(const HeadTask& task, int64_t from);
   void raise_mass_bars(const KernelTable& k, const HeadTask& task, int64_t stop, double caution);
   bool enough(const KernelTable& k, const HeadTask& task);
+  // After the scan: sketch_trim.cpp.
   void trim(const KernelTable& k, const HeadTask& task);
   void weigh_hits(const KernelTable& k);
   void choose_for_tail(const KernelTable& k, const HeadTask& task);
