@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import time
 from collections import Counter
@@ -26,8 +25,8 @@ from coordinator.cluster import Cluster, MemberState
 from coordinator.config import CoordinatorConfig
 from coordinator.contexts import Contexts
 from coordinator.driver import Driver, WorkerPeer
-from coordinator.failover import Course, Healing
-from coordinator.generation import Generation, Token
+from coordinator.failover import Course
+from coordinator.generation import Token
 from coordinator.holdings import without_tenant
 from coordinator.models import Models
 from coordinator.orphans import Orphans, SessionNames
@@ -36,15 +35,14 @@ from coordinator.request_metrics import Objectives, RequestMetrics
 from coordinator.request_trace import RequestTrace
 from coordinator.requests import GenerateParams
 from coordinator.scheduler import DecodeLoop, SteppedAside
+from coordinator.session import Session
 from coordinator.session_plan import Plan, Planner
 from coordinator.summary import Summary, summarise
-from coordinator.tokenizer import Detokenizer
 from longreach.errors import (
     Cancelled,
     FailedPrecondition,
     Internal,
     LongreachError,
-    StaleEpoch,
     Unavailable,
 )
 from longreach.telemetry import scope, tracing
@@ -59,85 +57,6 @@ WELL_WITHIN_S = 1.5
 # How long an earlier attempt of the same client may take to leave.
 SUPERSEDE_TIMEOUT_S = 2.0
 _log = logging.getLogger(__name__)
-
-
-class _Session:
-    """A running generation: its events for the client and the task that drives it.
-
-    `record` is that of the plan under the epoch of the current attempt, `loop` the decode loop it
-    sits in. A session that was `superseded` leaves its nodes to whoever took it over.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        course: Course,
-        arrived: float,
-        metrics: RequestMetrics,
-        trace: RequestTrace | None,
-    ) -> None:
-        self.plan = plan
-        self.trace = trace
-        self.metrics = metrics
-        self.course = course
-        self.arrived = arrived
-        self.record = plan.record
-        self.shard_map = plan.shard_map
-        self.healing = Healing()
-        self.generation = _generation(plan)
-        self.queue_s = 0.0
-        self.open_s = 0.0
-        self.resident_bytes = 0
-        self.worker_id = ""
-        self.holds_slot = False
-        self.loop: DecodeLoop | None = None
-        self.events: asyncio.Queue[Token | Summary | LongreachError] = asyncio.Queue()
-        self.task: asyncio.Task[None] | None = None
-        self.cancelled = False
-        self.superseded = False
-        self.may_be_open = False
-
-    @property
-    def session_id(self) -> str:
-        """Unique in the cluster."""
-        return self.record.session_id
-
-    @property
-    def traceparent(self) -> str:
-        """The span of the request; empty where it is not traced."""
-        return self.trace.traceparent if self.trace is not None else ""
-
-    @property
-    def resumed(self) -> int:
-        """Earlier attempts of the client, at other coordinators."""
-        return self.plan.params.resume.attempt if self.plan.params.resume else 0
-
-    def take(self, token: Token) -> None:
-        """A token for the client."""
-        self.metrics.token(self.generation.figures.last_token_at, self.queue_s)
-        self.events.put_nowait(token)
-
-    def cancel(self, error: LongreachError | None = None) -> None:
-        """Ends the session at the next step boundary, once: a second cancellation would cut its
-        clean-up short."""
-        if error is not None:
-            self.events.put_nowait(error)
-        if self.task is not None and not self.cancelled:
-            self.cancelled = True
-            self.task.cancel()
-
-    def supersede(self) -> None:
-        """Ends the session because a later attempt of its client has come."""
-        self.superseded = True
-        self.cancel(StaleEpoch(f"session {self.session_id} goes on in a later attempt"))
-
-    def next_epoch(self) -> None:
-        """Makes the next attempt fence off the one before."""
-        self.record = dataclasses.replace(
-            self.record,
-            epoch=self.record.epoch + 1,
-            generated_ids=self.generation.generated_ids,
-        )
 
 
 class Sessions:
@@ -165,7 +84,7 @@ class Sessions:
         self._planner = Planner(contexts, models, self._admission, config, names)
         self.orphans = Orphans(names, driver, lives=lambda session_id: session_id in self._sessions)
         self._loops: dict[str, tuple[WorkerPeer, DecodeLoop]] = {}
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, Session] = {}
 
     @property
     def running(self) -> int:
@@ -216,7 +135,7 @@ class Sessions:
             plan.model.model, arrived, self._objectives, resumed=bool(params.generated)
         )
         course = Course(self._config.failover_patience_s)
-        session = _Session(plan, course, arrived, metrics, trace)
+        session = Session(plan, course, arrived, metrics, trace)
         self._sessions[session.session_id] = session
         session.task = asyncio.create_task(self._run(session))
         session.task.add_done_callback(lambda _: self._gone(session))
@@ -286,7 +205,7 @@ class Sessions:
                 self._set_aside(session)
 
     @staticmethod
-    def _set_aside(session: _Session) -> None:
+    def _set_aside(session: Session) -> None:
         if session.loop is not None:
             session.loop.set_aside(session.session_id)
 
@@ -326,7 +245,7 @@ class Sessions:
         if earlier.task is not None:
             await asyncio.wait([earlier.task], timeout=SUPERSEDE_TIMEOUT_S)
 
-    async def _run(self, session: _Session) -> None:
+    async def _run(self, session: Session) -> None:
         scope.enter(
             session.traceparent,
             request_id=session.plan.params.request_id,
@@ -356,7 +275,7 @@ class Sessions:
                 Internal(f"the generation failed with {type(problem).__name__}")
             )
 
-    async def _drive(self, session: _Session) -> None:
+    async def _drive(self, session: Session) -> None:
         """Feeds the generation until it ends, on one worker after another where need be."""
         prefer = self._contexts.last_worker(session.record.context_id)
         while True:
@@ -390,7 +309,7 @@ class Sessions:
             await asyncio.sleep(pause_s)
             session.next_epoch()
 
-    async def _slot(self, session: _Session, prefer: str) -> str:
+    async def _slot(self, session: Session, prefer: str) -> str:
         """A worker's slot: in turn for a new generation, at once for one that goes on."""
         identity = without_tenant(session.plan.identity)
         course, asked = session.course, time.monotonic()
@@ -404,7 +323,7 @@ class Sessions:
         finally:
             session.queue_s += time.monotonic() - asked
 
-    async def _serve(self, session: _Session, worker_id: str) -> None:
+    async def _serve(self, session: Session, worker_id: str) -> None:
         """Opens the session on a worker and feeds it until it ends or has to leave."""
         worker = self._driver.worker(worker_id)
         session.worker_id, session.may_be_open = worker_id, True
@@ -427,7 +346,7 @@ class Sessions:
         finally:
             session.loop = None
 
-    async def _open(self, session: _Session, worker: WorkerPeer) -> tuple[int, int]:
+    async def _open(self, session: Session, worker: WorkerPeer) -> tuple[int, int]:
         plan, record = session.plan, session.record
         session.shard_map = self._shard_map(session)
         with tracing.part("open session", session.traceparent):
@@ -440,7 +359,7 @@ class Sessions:
                 plan.params.min_coverage or 1.0,
             )
 
-    def _shard_map(self, session: _Session) -> ShardMap:
+    def _shard_map(self, session: Session) -> ShardMap:
         """Where the session's KV lives now. A tail without a context is placed anew when a node of
         it that has no copy is gone: its tokens are known."""
         if session.plan.context is not None:
@@ -451,20 +370,20 @@ class Sessions:
         tokens = len(session.record.prompt_ids) + session.record.max_tokens
         return self._contexts.place_tail(session.session_id, session.plan.model, tokens)
 
-    async def _close(self, session: _Session, worker_id: str) -> None:
+    async def _close(self, session: Session, worker_id: str) -> None:
         """Closes a session on its worker and nodes."""
         worker, on_nodes = self._driver.worker(worker_id), not session.superseded
         if await _closed(worker, session.session_id, session.record.epoch, on_nodes):
             # Elsewhere it may be open still where it was before.
             session.may_be_open = bool(session.course.failovers or session.resumed)
 
-    def _leave_nothing(self, session: _Session) -> None:
+    def _leave_nothing(self, session: Session) -> None:
         """Has closed in the background what could not be closed on the way."""
         if session.may_be_open and not session.superseded:
             self.orphans.left(session.session_id, session.record.epoch)
             self._on_left()
 
-    async def _summary(self, session: _Session) -> Summary:
+    async def _summary(self, session: Session) -> Summary:
         return summarise(
             session.plan,
             session.generation,
@@ -521,27 +440,11 @@ class Sessions:
             if member.report.worker
         ]
 
-    def _gone(self, session: _Session) -> None:
+    def _gone(self, session: Session) -> None:
         if self._sessions.get(session.session_id) is session:
             del self._sessions[session.session_id]
         # Behind whatever ended it; read only where a task was cancelled before it began.
         session.events.put_nowait(Cancelled("the generation was cancelled"))
-
-
-def _generation(plan: Plan) -> Generation:
-    record = plan.record
-    detokenizer = Detokenizer(plan.tokenizer, record.prompt_ids) if plan.tokenizer else None
-    return Generation(
-        record.session_id,
-        position=record.context_stop,
-        question=record.prompt_ids,
-        max_tokens=record.max_tokens,
-        stop_ids=record.stop_ids,
-        stop_texts=record.stop_texts,
-        top_logprobs=plan.params.top_logprobs,
-        detokenizer=detokenizer,
-        generated=record.generated_ids,
-    )
 
 
 def _drain(
