@@ -25,6 +25,7 @@ from gpu_worker.geometry import (
     rope_regime,
     text_config,
 )
+from gpu_worker.linear import widen_products
 from gpu_worker.prefill import decoder_layers, wrap_decoder_layers
 from longreach.errors import InvalidRequest
 from longreach.steps import ModelInfo
@@ -96,6 +97,7 @@ def prepare_model(module: Any, source: str, device: torch.device, config: Any = 
     if dtype_name(dtype) not in {kind.name for kind in STORAGE_DTYPES}:
         raise refuse(name, f"its dtype {dtype} is not float32, float16 or bfloat16")
     wrap_decoder_layers(module)
+    widen_products(module)
     module.set_attn_implementation(ATTENTION_NAME)
     revision = model_revision(module)
     identity = Identity(name, revision, dtype_name(dtype), rope_regime(config))

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from gpu_worker.linear import cpu_multiplies_16_bits
 from gpu_worker.patterns.base import (
     KEY_BLOCK,
     PATTERNS,
@@ -295,7 +296,7 @@ def working_dtype(x: Tensor) -> torch.dtype:
     Such a CPU has no instruction for products of 16-bit floats: torch converts in every product,
     and the selection then takes several times as long as in fp32.
     """
-    if x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+    if x.device.type == "cpu" and not cpu_multiplies_16_bits():
         return torch.float32
     return x.dtype
 
