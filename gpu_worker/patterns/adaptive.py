@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from gpu_worker.head_threads import for_each_head
 from gpu_worker.linear import cpu_multiplies_16_bits
 from gpu_worker.patterns.base import (
     KEY_BLOCK,
@@ -102,12 +103,14 @@ class Adaptive(Pattern):
         always[dense_from:] = True
         always[: self._sparse_from(start)] = True
         always = (always & causal).to(q.device)
-        by_head = [
-            columns
-            for queries, keys in zip(q.unflatten(0, (k.shape[0], -1)), k, strict=True)
-            for columns in self._columns(queries, keys, start, dense_from, scale)
-        ]
-        padded = pad_sequence(by_head, batch_first=True, padding_value=-1)
+        groups = q.unflatten(0, (k.shape[0], -1))
+        by_head = for_each_head(
+            lambda head: self._columns(groups[head], k[head], start, dense_from, scale),
+            k.shape[0],
+            k.device,
+        )
+        columns = [each for of_group in by_head for each in of_group]
+        padded = pad_sequence(columns, batch_first=True, padding_value=-1)
         return Selection(
             always.expand(q_heads, -1, -1).clone(),
             self.query_block,

@@ -25,6 +25,7 @@ from gpu_worker.attention import (
     dense_attention,
     merge,
 )
+from gpu_worker.head_threads import for_each_head
 from gpu_worker.patterns.base import KEY_BLOCK, PatternResult, Selection, left_out_keys
 from gpu_worker.patterns.block_sparse import pool_blocks
 
@@ -149,8 +150,8 @@ def _selected_past(
     group = q_heads // k.shape[0]
     bytes_per_key = unit * (k.shape[-1] + v.shape[-1]) * k.element_size()
     most = math.ceil(torch.get_num_threads() / _PIECES_OF_TILE)
-    pairs = 0
-    for kv_head in range(k.shape[0]):
+
+    def attend_head(kv_head: int) -> None:
         own = [tile for tile in tiles if tile.head // group == kv_head]
         units = [_units(x[kv_head], unit) for x in (k, v)]
         for batch in _batches(own, most, bytes_per_key):
@@ -158,7 +159,9 @@ def _selected_past(
             for i, tile in enumerate(batch):
                 output[tile.head, tile.low : tile.high] = part.output[i, 0]
                 lse[tile.head, tile.low : tile.high] = part.lse[i, 0]
-                pairs += tile.keys.numel() * unit * (tile.high - tile.low)
+
+    for_each_head(attend_head, k.shape[0], k.device)
+    pairs = sum(tile.keys.numel() * unit * (tile.high - tile.low) for tile in tiles)
     return Partial(output, lse), pairs
 
 
