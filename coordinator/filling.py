@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from coordinator.catalog.base import Conflict, ContextRecord, ContextState
@@ -20,10 +20,20 @@ from coordinator.placement.base import ClusterView, ContextToPlace, bytes_by_nod
 from coordinator.placement.planner import place
 from coordinator.room import Promise, Refusals, cluster_view
 from coordinator.sweeper import Sweeper
-from longreach.errors import Internal, LongreachError, ResourceExhausted, Unavailable
+from longreach.errors import (
+    ConnectionLost,
+    Internal,
+    LongreachError,
+    ResourceExhausted,
+    Unavailable,
+)
 from longreach.steps import PrefillSummary
 from longreach.types import Identity, ShardMap
 
+PREFILL_ATTEMPTS = 3
+"""How often a prefill begins whose worker is lost."""
+# Before the same worker is asked again: a connection that failed is not tried anew for as long.
+_PREFILL_PAUSE_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -184,11 +194,32 @@ class Filling:
         self._holdings.dropped(record.context_id)
 
     async def _prefill(self, fill: Fill, token_ids: tuple[int, ...]) -> None:
-        worker_id = self.choose_worker(fill.record.identity)
+        """Prefills on a worker, and from the start on another one when that is lost."""
+        lost: list[str] = []
+        while True:
+            worker_id = self.choose_worker(fill.record.identity, avoid=lost)
+            if worker_id in lost:
+                await asyncio.sleep(_PREFILL_PAUSE_S)
+            try:
+                await self._prefill_on(worker_id, fill, token_ids)
+                return
+            except ConnectionLost as error:
+                lost.append(worker_id)
+                if len(lost) == PREFILL_ATTEMPTS:
+                    raise
+                _log.warning(
+                    "context %s: worker %s was lost, the prefill begins anew: %s",
+                    fill.record.context_id,
+                    worker_id,
+                    error.message,
+                )
+            await self._clear(fill.record, None)
+
+    async def _prefill_on(self, worker_id: str, fill: Fill, token_ids: tuple[int, ...]) -> None:
         self._prefills[worker_id] += 1
         try:
             async with self._prefill_turns.setdefault(worker_id, asyncio.Lock()):
-                await self._save(fill, state=ContextState.FILLING)
+                await self._save(fill, state=ContextState.FILLING, prefill_fraction=0.0)
                 summary = await self._follow(fill, worker_id, token_ids)
         finally:
             self._prefills[worker_id] -= 1
@@ -225,8 +256,11 @@ class Filling:
             raise Unavailable(f"worker {worker_id} ended the prefill without a summary")
         return summary
 
-    def choose_worker(self, identity: Identity) -> str:
-        """The worker with the fewest prefills of those that run the model; raises Unavailable."""
+    def choose_worker(self, identity: Identity, avoid: Collection[str] = ()) -> str:
+        """The worker with the fewest prefills of those that run the model; raises Unavailable.
+
+        Those in `avoid` only when there is no other.
+        """
         wanted = without_tenant(identity)
         able = [
             member.member_id
@@ -235,7 +269,7 @@ class Filling:
         ]
         if not able:
             raise Unavailable(f"no worker that runs {identity.model} is alive", reason="NO_WORKER")
-        return min(able, key=lambda worker_id: self._prefills[worker_id])
+        return min(able, key=lambda worker_id: (worker_id in avoid, self._prefills[worker_id]))
 
     async def _save(self, fill: Fill, **changes: object) -> None:
         """Writes a change to the catalog first, then shows it."""

@@ -8,6 +8,7 @@ alone. Everything lives in one folder: logs, pid files, certificates, snapshots,
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -35,6 +36,7 @@ from tests.scenarios.processes import MemberProcess, running_under
 from tests.tiny_models import save_tiny_model
 
 REDIS = "redis"
+_NOWHERE = "127.0.0.1:1"
 _PROBE = "probe"
 _CLIENT = "client"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -184,13 +186,19 @@ class Deployment:
         del self.members[name]
 
     def listens(self, name: str) -> bool:
-        """Whether the present life of a member has a port; its proxy then leads there."""
-        member = self.members[name]
-        if not member.own_address and member.process.alive:
+        """Whether the present life of a member has a port."""
+        return self.members[name].process.alive and bool(self._own_address(name))
+
+    def _own_address(self, name: str) -> str:
+        """Where the last life of a member listens or listened; empty while it comes up."""
+        member = self.members.get(name)
+        if member is None:  # Gone for good.
+            return _NOWHERE
+        if not member.own_address:
+            if not member.process.alive:
+                return _NOWHERE
             member.own_address = member.process.announced()
-            if member.own_address:
-                self.links.aim(name, member.own_address)
-        return bool(member.own_address) and member.process.alive
+        return member.own_address
 
     def up(self, *names: str) -> bool:
         """Whether these serve and every coordinator that answers counts them as alive."""
@@ -294,7 +302,7 @@ class Deployment:
         self._longreach("init", "--out", str(self.folder / "certs"), *counts)
         self._issue(Role.COORDINATOR, _PROBE)
         self._catalog = f"redis://{self.links.listen(REDIS)}/0"
-        self.links.aim(REDIS, f"127.0.0.1:{self._redis_port}")
+        self.links.aim(REDIS, lambda: f"127.0.0.1:{self._redis_port}")
         self.launch(REDIS)
         for role in _PACKAGES:
             for number in range(self.size.of(role)):
@@ -305,6 +313,7 @@ class Deployment:
 
     def _declare(self, role: Role, name: str) -> None:
         address = self.links.listen(name)
+        self.links.aim(name, functools.partial(self._own_address, name))
         files = self._files(name)
         flags: dict[str, object] = {
             f"{role.value}_id": name,

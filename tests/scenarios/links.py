@@ -18,6 +18,7 @@ from pathlib import Path
 
 _CHUNK_BYTES = 1 << 16
 _CLOSE_TIMEOUT_S = 5.0
+_POLL_S = 0.02
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Links:
     def __init__(self, processes: Callable[[], Mapping[int, str]]) -> None:
         self._processes = processes
         self._links: dict[tuple[str, str], _Link] = {}
-        self._targets: dict[str, str] = {}
+        self._targets: dict[str, Callable[[], str]] = {}
         self._servers: list[asyncio.Server] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="links", daemon=True)
@@ -76,8 +77,12 @@ class Links:
 
         return asyncio.run_coroutine_threadsafe(serve(), self._loop).result()
 
-    def aim(self, callee: str, address: str) -> None:
-        """Says where the member itself listens; changes with each of its lives."""
+    def aim(self, callee: str, address: Callable[[], str]) -> None:
+        """Says what knows where the member itself listens, which changes with each of its lives.
+
+        It is asked for each connection; while it gives an empty text the connection waits, for a
+        member calls others before anybody has read its port.
+        """
         self._targets[callee] = address
 
     def cut(self, caller: str, callee: str) -> None:
@@ -136,7 +141,9 @@ class Links:
         away: asyncio.StreamWriter | None = None
         try:
             await link.open.wait()
-            host, _, port = self._targets.get(callee, "127.0.0.1:1").rpartition(":")
+            while not (address := self._targets[callee]()):
+                await asyncio.sleep(_POLL_S)
+            host, _, port = address.rpartition(":")
             back, away = await asyncio.open_connection(host, int(port), limit=_CHUNK_BYTES)
             there = asyncio.create_task(self._pump(reader, away, link, replies=False))
             here = asyncio.create_task(self._pump(back, writer, link, replies=True))

@@ -46,7 +46,7 @@ def links(echo: str) -> Iterator[Links]:
 def line(links: Links, echo: str) -> Iterator[socket.socket]:
     """A connection through the proxy of member "echo"."""
     host, _, port = links.listen("echo").rpartition(":")
-    links.aim("echo", echo)
+    links.aim("echo", lambda: echo)
     with socket.create_connection((host, int(port)), timeout=5) as line:
         yield line
 
@@ -97,6 +97,6 @@ def test_damage_flips_one_bit_of_what_comes_back(links: Links, line: socket.sock
 
 def test_nobody_behind_the_proxy_closes_the_connection(links: Links) -> None:
     host, _, port = links.listen("nobody").rpartition(":")
-    links.aim("nobody", "127.0.0.1:1")
+    links.aim("nobody", lambda: "127.0.0.1:1")
     with socket.create_connection((host, int(port)), timeout=5) as line:
         assert line.recv(1) == b""

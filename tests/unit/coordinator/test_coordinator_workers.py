@@ -11,6 +11,7 @@ from conftest import World, eventually, new_world, raised, running_world
 from coordinator_doubles import FakeWorker, answer
 
 from longreach.errors import Unavailable
+from longreach.v1 import generation_pb2 as pb
 
 TOKENS = list(range(1, 151))
 
@@ -119,3 +120,26 @@ async def test_without_any_worker_requests_say_so():
             assert isinstance(error, Unavailable)
             assert error.reason == "NO_WORKER"
     world.stop_doubles()
+
+
+async def test_a_prefill_whose_worker_is_lost_begins_anew_on_the_other(pair):
+    for worker in pair.workers.values():
+        worker.prefill_gate.clear()
+    storing = asyncio.create_task(pair.context(TOKENS))
+    await eventually(lambda: any(w.prefills for w in pair.workers.values()))
+    lost, other = sorted(pair.workers.values(), key=lambda worker: -worker.prefills)
+    other.prefill_gate.set()
+    lost.server.stop(0)
+    context = await storing
+    assert context.state == pb.CONTEXT_STATE_READY
+    assert (lost.prefills, other.prefills) == (1, 1)
+    assert all(context.context_id in node.dropped for node in pair.nodes.values())
+
+
+async def test_a_prefill_that_every_attempt_loses_its_worker_of_fails(pair):
+    for worker in pair.workers.values():
+        worker.server.stop(0)
+    error = await raised(pair.context(TOKENS))
+    assert isinstance(error, Unavailable)
+    listed = await pair.stub.ListContexts(pb.ListContextsRequest())
+    assert [each.state for each in listed.contexts] == [pb.CONTEXT_STATE_FAILED]
