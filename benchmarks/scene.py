@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks.synthetic import Workload, workload
 from longreach.attention import attention_logits, softmax_partial
 from longreach.types import BFLOAT16, Budget, FloatArray, PartialAttention, QuerySample, Span
+from retrieval_node.aligned import aligned_empty
 from retrieval_node.index.base import INDEX_KINDS, BuildControl, Index, IndexRows, LayerKv
 
 faiss: Any = _typed_faiss
@@ -60,7 +61,9 @@ class Scene:
         )
         # [steps, 1 KV head, group, d]
         decode = self.work.decode_queries[:, :steps].transpose(1, 0, 2)
-        self.queries = np.ascontiguousarray(decode)[:, None]
+        # What has bfloat16 keys has bfloat16 queries, and they are sent as such.
+        rounded = decode.astype(BFLOAT16).astype(np.float32)
+        self.queries = np.ascontiguousarray(rounded)[:, None]
         self.steps = len(self.queries)
 
     @cached_property
@@ -167,12 +170,19 @@ def cached_workload(name: str, keys: int, cache: Path) -> Workload:
     with np.load(path) as file:
         return Workload(
             name,
-            file["keys"].view(BFLOAT16),
-            file["values"].view(BFLOAT16),
+            _stored(file["keys"].view(BFLOAT16)),
+            _stored(file["values"].view(BFLOAT16)),
             file["decode_queries"],
             file["prefill_queries"].astype(np.float32),
             file["prefill_positions"],
         )
+
+
+def _stored(rows: np.ndarray) -> np.ndarray:
+    """Rows in memory as a node holds them."""
+    held = aligned_empty(rows.shape, rows.dtype)
+    held[:] = rows
+    return held
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import shlex
 import sys
 import time
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.report import Report, print_report
-from evaluation.defaults import DEFAULT, QUICK, QUICK_LIMIT_S
+from evaluation.defaults import DEFAULT, DEFAULT_JOBS, QUICK, QUICK_LIMIT_S
 from evaluation.diffuse import DIFFUSE, KEYS, QUICK_KEYS, add_diffuse
 from evaluation.encoding import load_encoder
 from evaluation.fingerprint import file_fingerprint, model_fingerprint
@@ -24,6 +26,7 @@ from evaluation.report import fill_report, pooled_rows, summary
 from evaluation.results import ResultsFile
 from evaluation.runner import Plan
 from evaluation.runner import run as ask
+from evaluation.side_by_side import run_side_by_side
 from evaluation.tables import markdown
 from evaluation.tasks import Sources, select_tasks
 from evaluation.tasks.haystack import load_essay
@@ -62,18 +65,36 @@ def _evaluate(given: argparse.Namespace) -> None:
         ResultsFile(path.with_suffix(".jsonl"), _configuration(plan, deployment)) as store,
         _progress() as progress,
     ):
-        bar = _Bar(progress, plan.size)
+        bar = _Bar(progress, plan.size(plan.methods))
         limit_s = QUICK_LIMIT_S if given.quick else None
+        jobs = 1 if given.quick else given.jobs or min(DEFAULT_JOBS, os.cpu_count() or 1)
+        left = plan
+        if jobs > 1:
+            here, left = _split(plan)
+            run_side_by_side(here, deployment, store, bar, jobs)
         complete = ask(
-            plan, encoder, lambda group: open_answerers(group, deployment), store, bar, limit_s
+            left, encoder, lambda group: open_answerers(group, deployment), store, bar, limit_s
         )
     report = Report("evaluation", {**store.configuration, **_asked(plan)}, quick=given.quick)
     fill_report(report, store.records, store.elapsed_s)
     if DIFFUSE in _asked_tasks(given):
         add_diffuse(report, QUICK_KEYS if given.quick else KEYS)
+    for name, longest in plan.limits.items():
+        if plan.lengths[-1] > longest:
+            report.skip(
+                f"{name} beyond {longest // 1024}K",
+                "it would take most of the default report's time; name it to have it asked",
+            )
     if not complete:
         report.skip("haystacks", f"the time limit of {QUICK_LIMIT_S:g} s of --quick was reached")
     _write(report, store, path)
+
+
+def _split(plan: Plan) -> tuple[Plan, Plan]:
+    """The methods that run in one process each, and those that need a cluster."""
+    here = tuple(method for method in plan.methods if method.runs_here)
+    others = tuple(method for method in plan.methods if not method.runs_here)
+    return dataclasses.replace(plan, methods=here), dataclasses.replace(plan, methods=others)
 
 
 def _plan(given: argparse.Namespace) -> Plan:
@@ -85,7 +106,15 @@ def _plan(given: argparse.Namespace) -> Plan:
         n=given.n or chosen.n,
         seed=given.seed,
         sources=Sources(given.essay, given.squad, given.hotpotqa, given.infinitebench),
+        limits=_limits(given),
     )
+
+
+def _limits(given: argparse.Namespace) -> dict[str, int]:
+    """What the default report leaves out; nothing of what was named."""
+    if given.tasks or given.methods or given.quick:
+        return {}
+    return dict(DEFAULT.limits)
 
 
 def _asked_tasks(given: argparse.Namespace) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 from coordinator.config import CoordinatorConfig
 from gpu_worker.config import WorkerConfig
@@ -11,14 +12,23 @@ QUICK_LIMIT_S = 240.0
 """After this, --quick asks nothing more; with start and report it ends within five minutes."""
 
 
+DEFAULT_JOBS = 4
+"""Processes that answer side by side, where there are as many CPUs: each holds the model and a
+context."""
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Values of --tasks, --lengths (tokens), --methods and --n."""
+    """Values of --tasks, --lengths (tokens), --methods and --n.
+
+    limits: how far up the lengths some tasks and methods go (runner.Plan).
+    """
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     methods: tuple[str, ...]
     n: int
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 def _default(config: type, name: str) -> str:
@@ -54,12 +64,20 @@ _PUBLISHED = (
     "local/quest:budget=2048",
     "local/infllm:window=512,blocks=16",
 )
-_PREFILLS = tuple(
+_PREFILLS_BESIDE = tuple(
     f"local/full@{pattern}"
     for pattern in (
         *("a_shape", "dilated", "strided", "top_k"),
-        *("vertical_slash", "block_sparse", "minference", "adaptive"),
+        *("vertical_slash", "block_sparse", "minference"),
     )
+)
+# Builds or selections that take minutes for a context of 128K.
+_SLOW = (
+    "local/ivf:top_k=100",
+    "local/hnsw:top_k=100",
+    "local/dilated:sink=128,window=2048,interval=1",
+    "local/strided",
+    "local/infllm:window=512,blocks=16",
 )
 
 DEFAULT = Selection(
@@ -72,11 +90,17 @@ DEFAULT = Selection(
                 *_INDEXES,
                 *_BUDGETS,
                 *_PUBLISHED,
-                *_PREFILLS,
+                *_PREFILLS_BESIDE,
+                "local/full@adaptive",
             )
         )
     ),
     n=2,
+    limits={
+        "needle": 16_384,  # a prefill for each depth
+        **dict.fromkeys((*_BUDGETS, *_SLOW), 65_536),
+        **dict.fromkeys(_PREFILLS_BESIDE, 32_768),
+    },
 )
 QUICK = Selection(
     tasks=("mixed", "diffuse"),

@@ -11,14 +11,17 @@ from typing import Protocol
 from evaluation.answering import Answer, AnyAnswerer
 from evaluation.encoding import Encoder
 from evaluation.methods import Method, group_methods
-from evaluation.results import Record, ResultsFile
+from evaluation.results import Key, Record, ResultsFile
 from evaluation.scorers import score
 from evaluation.tasks.base import Sample, Sources, Spec, Task
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked: `n` rounds of every task at every length, to every method."""
+    """What is asked: `n` rounds of every task at every length, to every method.
+
+    limits: names of tasks and methods that are not asked beyond a length (tokens).
+    """
 
     tasks: tuple[Task, ...]
     lengths: tuple[int, ...]
@@ -26,20 +29,27 @@ class Plan:
     n: int
     seed: int = 0
     sources: Sources = field(default_factory=Sources)
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     def haystacks(self) -> Iterator[tuple[Task, int, int]]:
         """Every (task, length, haystack), by rounds: a stopped run has some of each."""
         for index in range(self.n):
             for length in self.lengths:
                 for task in self.tasks:
-                    for step in range(task.per_round):
-                        yield task, length, index * task.per_round + step
+                    if self._within(task.name, length):
+                        for step in range(task.per_round):
+                            yield task, length, index * task.per_round + step
 
-    @property
-    def size(self) -> int:
-        """How many haystacks all methods together have to answer."""
-        rounds = sum(task.per_round for task in self.tasks)
-        return rounds * len(self.lengths) * self.n * len(self.methods)
+    def asked_of(self, methods: Sequence[Method], length: int) -> list[Method]:
+        """Those of the methods that are asked at a length."""
+        return [method for method in methods if self._within(method.name, length)]
+
+    def size(self, methods: Sequence[Method]) -> int:
+        """How many haystacks these methods together have to answer."""
+        return sum(len(self.asked_of(methods, length)) for _, length, _ in self.haystacks())
+
+    def _within(self, name: str, length: int) -> bool:
+        return length <= self.limits.get(name, length)
 
 
 class Watcher(Protocol):
@@ -49,7 +59,20 @@ class Watcher(Protocol):
         """What is being done now."""
 
     def answered(self, haystacks: int) -> None:
-        """So many more haystacks are answered; all of them are Plan.size."""
+        """So many more haystacks are answered; all of them are Plan.size of every method."""
+
+
+class Store(Protocol):
+    """Where answers go, and which of them are there (evaluation.results)."""
+
+    def has(self, key: Key) -> bool:
+        """Whether this answer is there."""
+
+    def has_haystack(self, method: str, task: str, length: int, haystack: int) -> bool:
+        """Whether every answer of a method over a haystack is there."""
+
+    def append(self, record: Record) -> None:
+        """Keeps an answer."""
 
 
 Open = Callable[[Sequence[Method]], AbstractContextManager[Mapping[Method, AnyAnswerer]]]
@@ -74,28 +97,52 @@ def run(
     complete = True
     for count, group in enumerate(groups, 1):
         deadline = None if limit_s is None else started + limit_s * count / len(groups)
-        todo = [each for each in plan.haystacks() if not _has_all(store, group, *each)]
-        watcher.answered(plan.size // len(plan.methods) * len(group) - len(todo) * len(group))
+        todo = [
+            (task, length, index, methods)
+            for task, length, index in plan.haystacks()
+            if (methods := unanswered(plan, store, group, task, length, index))
+        ]
+        watcher.answered(plan.size(group) - sum(len(methods) for *_, methods in todo))
         if not todo:
             continue
         watcher.stage(f"starting {group[0].name}")
         with open_answerers(group) as answerers:
-            for task, length, index in todo:
+            for task, length, index, methods in todo:
                 if deadline is not None and time.monotonic() > deadline:
                     complete = False
                     break
                 spec = Spec(length, index, plan.seed, encoder, plan.sources)
-                haystack = _Haystack(task, spec, watcher)
-                complete &= haystack.ask_all(answerers, store, deadline)
+                asked = {method: answerers[method] for method in methods}
+                complete &= ask_haystack(task, spec, asked, store, watcher, deadline)
                 store.tick()
-                watcher.answered(len(group))
+                watcher.answered(len(methods))
     return complete
 
 
-def _has_all(
-    store: ResultsFile, group: Sequence[Method], task: Task, length: int, index: int
+def unanswered(
+    plan: Plan, store: Store, group: Sequence[Method], task: Task, length: int, index: int
+) -> list[Method]:
+    """The methods of a group that a plan still has to ask over a haystack."""
+    return [
+        method
+        for method in plan.asked_of(group, length)
+        if not store.has_haystack(method.name, task.name, length, index)
+    ]
+
+
+def ask_haystack(
+    task: Task,
+    spec: Spec,
+    answerers: Mapping[Method, AnyAnswerer],
+    store: Store,
+    watcher: Watcher,
+    deadline: float | None = None,
 ) -> bool:
-    return all(store.has_haystack(method.name, task.name, length, index) for method in group)
+    """Asks the methods what `store` has no answer for over one haystack.
+
+    False when the deadline (monotonic) left questions unasked.
+    """
+    return _Haystack(task, spec, watcher).ask_all(answerers, store, deadline)
 
 
 class _Haystack:
@@ -110,9 +157,9 @@ class _Haystack:
         self._where = (task.name, spec.length, spec.index)
 
     def ask_all(
-        self, answerers: Mapping[Method, AnyAnswerer], store: ResultsFile, deadline: float | None
+        self, answerers: Mapping[Method, AnyAnswerer], store: Store, deadline: float | None
     ) -> bool:
-        """False when the deadline (monotonic) left questions unasked."""
+        """See ask_haystack."""
         started = time.monotonic()
         complete = True
         context = self._samples[0].context_ids
@@ -120,8 +167,6 @@ class _Haystack:
         handles: list[tuple[AnyAnswerer, object]] = []
         try:
             for count, (method, answerer) in enumerate(answerers.items(), 1):
-                if store.has_haystack(method.name, *self._where):
-                    continue
                 label = f"{method.name}: {self._task.name} {self._spec.length} #{self._spec.index}"
                 handle = answerer.prefill(context, room, self._stage(label))
                 handles.append((answerer, handle))
@@ -142,7 +187,7 @@ class _Haystack:
         method: Method,
         answerer: AnyAnswerer,
         handle: object,
-        store: ResultsFile,
+        store: Store,
         label: str,
         until: float | None,
     ) -> bool:

@@ -24,6 +24,7 @@ from longreach.types import (
     PartialAttention,
     StorageArray,
 )
+from retrieval_node.aligned import aligned_empty
 
 try:
     import retrieval_node._native as _native
@@ -249,8 +250,8 @@ def encode_sketch(
     eight + 8 * four, head_dim]. Raises ValueError, naming the key, if one holds NaN or infinity.
     """
     n = keys.shape[0]
-    codes = np.empty(-(-n // CODE_KEYS) * CODE_KEYS * 4 * (eight + four), np.uint8)
-    summaries = np.empty((-(-n // SUMMARY_KEYS), values.shape[1]), np.uint16)
+    codes = aligned_empty((-(-n // CODE_KEYS) * CODE_KEYS * 4 * (eight + four),), np.uint8)
+    summaries = aligned_empty((-(-n // SUMMARY_KEYS), values.shape[1]), np.uint16)
     bad = _native.encode_sketch(
         *_storage(keys[None], values[None]),
         eight,

@@ -17,6 +17,7 @@ from longreach.types import (
     Span,
     storage_dtype,
 )
+from retrieval_node.aligned import aligned_empty
 from retrieval_node.index.base import LayerKv
 from retrieval_node.integrity import kv_checksum, same_bytes
 
@@ -114,8 +115,8 @@ def allocate_layers(
     shape = (shard.kv_heads, len(shard.span))
     return {
         layer: LayerKv(
-            np.empty((*shape, geometry[layer].head_dim), dtype),
-            np.empty((*shape, geometry[layer].value_dim), dtype),
+            aligned_empty((*shape, geometry[layer].head_dim), dtype),
+            aligned_empty((*shape, geometry[layer].value_dim), dtype),
             shard.span.start,
         )
         for layer in shard.layers

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from longreach.types import StorageArray
+from retrieval_node.aligned import aligned_empty
 from retrieval_node.builds import FIRST_KIND, Builder, LayerIndexes
 from retrieval_node.index.auto import EXACT_BELOW
 from retrieval_node.index.base import Index, LayerKv
@@ -165,8 +166,8 @@ class TailChunks:
         start = self.start + number * CHUNK_POSITIONS
         kv = [
             LayerKv(
-                np.empty((place.heads, capacity, place.geometry.head_dim), self._dtype),
-                np.empty((place.heads, capacity, place.geometry.value_dim), self._dtype),
+                aligned_empty((place.heads, capacity, place.geometry.head_dim), self._dtype),
+                aligned_empty((place.heads, capacity, place.geometry.value_dim), self._dtype),
                 start,
             )
             for place in self._places

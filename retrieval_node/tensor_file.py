@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longreach.types import BFLOAT16
+from retrieval_node.aligned import aligned_empty
 from retrieval_node.integrity import raw_bytes
 
 _CODES: dict[np.dtype[Any], str] = {
@@ -90,7 +91,7 @@ class TensorFile:
     def read(self, name: str) -> npt.NDArray[Any]:
         """A tensor in an array of its own."""
         entry = self._entry(name)
-        array = np.empty(entry["shape"], _DTYPES[entry["dtype"]])
+        array = aligned_empty(entry["shape"], _DTYPES[entry["dtype"]])
         self.read_into(name, array)
         return array
 

@@ -32,7 +32,7 @@ def run(given: argparse.Namespace) -> None:
     config = {"model": model_fingerprint(given.model), "seed": given.seed}
     deployment = Deployment(given.model)
     with ResultsFile(given.out / "needle.jsonl", config) as store, progress_bar() as progress:
-        watcher = _Watcher(progress, plan.size)
+        watcher = _Watcher(progress, plan.size(plan.methods))
         ask(
             plan,
             load_encoder(given.model),

@@ -67,6 +67,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--n", type=count, help="rounds: haystacks per task and length")
     add("--seed", type=int, default=0, help="another seed gives other samples (default 0)")
     add("--quick", action="store_true", help="small defaults; stops asking after 4 minutes")
+    add(
+        "--jobs", type=count, metavar="N",
+        help="processes that answer side by side, each with the model and a context in memory "
+        "(default: one for each CPU, at most 4; one with --quick)",
+    )  # fmt: skip
     files = parser.add_argument_group("files")
     add = files.add_argument
     add(

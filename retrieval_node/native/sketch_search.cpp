@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
+
+#include "prefetch.h"
 
 namespace longreach {
 namespace {
@@ -43,20 +44,19 @@ double named_keys(const Budget& budget) {
   return budget.rule == BudgetRule::kMass ? static_cast<double>(budget.floor) : 0.0;
 }
 
-// The `wanted`-th highest of `count` scores, 1 <= wanted <= min(kFewHighest, count), by a heap that
-// few scores enter.
+// The `wanted`-th highest of `count` scores, 1 <= wanted <= min(kFewHighest, count): a sorted list
+// of the highest so far, that few scores enter.
 int32_t lowest_of_highest(const int32_t* scores, int64_t count, int64_t wanted) {
-  int32_t heap[kFewHighest];
-  const auto lowest_first = std::greater<int32_t>();
-  std::copy_n(scores, wanted, heap);
-  std::make_heap(heap, heap + wanted, lowest_first);
+  int32_t highest[kFewHighest];  // ascending
+  std::copy_n(scores, wanted, highest);
+  std::sort(highest, highest + wanted);
   for (int64_t i = wanted; i < count; ++i) {
-    if (scores[i] <= heap[0]) continue;
-    std::pop_heap(heap, heap + wanted, lowest_first);
-    heap[wanted - 1] = scores[i];
-    std::push_heap(heap, heap + wanted, lowest_first);
+    if (scores[i] <= highest[0]) continue;
+    int64_t at = 1;
+    for (; at < wanted && highest[at] < scores[i]; ++at) highest[at - 1] = highest[at];
+    highest[at - 1] = scores[i];
   }
-  return heap[0];
+  return highest[0];
 }
 
 int32_t as_score(float value) {
@@ -72,6 +72,14 @@ float realised(float correction, double keys) {
   const double most = std::log(std::max(1.0, keys));
   if (correction <= most) return correction;
   return static_cast<float>(2 * std::sqrt(static_cast<double>(correction) * most) - most);
+}
+
+// A hit's row is on its way while the scan goes on.
+void prefetch_key(const Rows& keys, int32_t id) {
+  const size_t bytes = keys.row_bytes();
+  const char* row = static_cast<const char*>(keys.data) +
+                    id * keys.stride * static_cast<int64_t>(item_bytes(keys.type));
+  for (size_t at = 0; at < bytes; at += 64) prefetch_second(row + at);
 }
 
 // The mass to look for: a little more than wanted, as the sketch does not find exactly the best
@@ -122,8 +130,7 @@ double SketchSearch::set_wanted(const HeadTask& task) {
   for (int head = 0; head < task.group; ++head) {
     oversampling_[head] = std::min(
         kMostOversampling, kLeastOversampling + kOversamplingPerShare * queries_.lost_share[head]);
-    wanted_[head] = named_[head] =
-        oversampling_[head] * named_keys(budget) + kFewestCandidates;
+    wanted_[head] = named_[head] = oversampling_[head] * named_keys(budget) + kFewestCandidates;
     if (budget.tail_estimate)
       wanted_[head] = std::max(wanted_[head], kTailListed * kTailShare * length);
     fewest = std::min(fewest, wanted_[head]);
@@ -268,11 +275,13 @@ void SketchSearch::scan(const KernelTable& k, const SketchHead& sketch, const He
     tail_.reference[head] = logit_of(head, bars_[head]);
     correction_[head] = correction_of(head);
   }
+  const Rows keys_of_head = task.keys();
   int64_t chunks = 0;
   for (int64_t at = first_; at < stop_; at += kChunk) {
     const int64_t before = hits_.count, next = std::min(stop_, at + kChunk);
     k.code_scan(sketch.codes, queries_.codes, at, next, bars_, hits_,
                 tail_sums_ ? &tail_ : nullptr);
+    for (int64_t i = before; i < hits_.count; ++i) prefetch_key(keys_of_head, hits_.ids[i]);
     ++chunks;
     if (budget.rule == BudgetRule::kBeta) raise_beta_bars(task, before);
     const bool doubled = (chunks & (chunks - 1)) == 0;

@@ -11,7 +11,7 @@ namespace avx512 {
 struct Simd {
   using F = __m512;
   static constexpr int kWidth = 16;
-  static constexpr int kScoreKeys = 2;     // scored together: 2 keys x 4 queries of sums
+  static constexpr int kScoreKeys = 4;     // scored together: 4 keys x 4 queries of sums
   static constexpr int kValueVectors = 4;  // 4 rows x 4 vectors of sums
   static constexpr int kPanelKeys = 8;     // 8 keys x 1 vector of 16 rows
 

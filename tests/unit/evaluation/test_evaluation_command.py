@@ -25,7 +25,16 @@ def evaluate(
 
     def run(*more: str) -> dict[str, Any]:
         path = tmp_path / "out" / "run.json"
-        flags = ["--model", str(tiny_model("llama")), "--methods", "full", "--n", "1"]
+        flags = [
+            "--model",
+            str(tiny_model("llama")),
+            "--methods",
+            "full",
+            "--n",
+            "1",
+            "--jobs",
+            "1",
+        ]
         words = ["eval", *flags, "--json", str(path), *more]
         monkeypatch.setattr(sys, "argv", ["longreach", *words])
         assert main(words) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,13 +110,33 @@ def bench(byte_encoder: Encoder, sources: Sources, tmp_path: Path) -> Bench:
 
 
 def test_every_method_answers_every_sample_and_is_scored(bench: Bench) -> None:
-    store = bench.run(bench.plan(["needle", "passkey"]))
+    plan = bench.plan(["needle", "passkey"])
+    store = bench.run(plan)
     assert bench.complete
     assert len(store.records) == 3 * 11
     assert all(record.score == 1.0 for record in store.records)
     assert bench.opened == [["full"], ["cluster:exact", "cluster:top_k=5"]]
     assert all(script.held == 0 for script in bench.scripts.values())
-    assert bench.progress.count == bench.plan(["needle", "passkey"]).size == 33
+    assert bench.progress.count == plan.size(plan.methods) == 33
+
+
+def test_limits_leave_tasks_and_methods_out_beyond_a_length(bench: Bench) -> None:
+    whole = dataclasses.replace(bench.plan(["needle", "passkey"]), lengths=(2048, 4096))
+    plan = dataclasses.replace(whole, limits={"needle": 2048, "cluster:exact": 2048})
+    store = bench.run(plan)
+    asked = {(r.task, r.length, r.method) for r in store.records}
+    methods = ("full", "cluster:exact", "cluster:top_k=5")
+    assert asked == {
+        *(("needle", 2048, method) for method in methods),
+        *(("passkey", 2048, method) for method in methods),
+        *(("passkey", 4096, method) for method in ("full", "cluster:top_k=5")),
+    }
+    assert bench.progress.count == plan.size(plan.methods) == 3 * 11 + 2
+    bench.run(whole)
+    assert bench.progress.count == whole.size(whole.methods) == 2 * 33
+    asked_before = {name: script.asked for name, script in bench.scripts.items()}
+    bench.run(whole)
+    assert {name: script.asked for name, script in bench.scripts.items()} == asked_before
 
 
 def test_a_mixed_haystack_is_prefilled_once_for_all_its_questions(
