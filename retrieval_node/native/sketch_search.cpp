@@ -47,15 +47,24 @@ double named_keys(const Budget& budget) {
 // The `wanted`-th highest of `count` scores, 1 <= wanted <= min(kFewHighest, count): a sorted list
 // of the highest so far, that few scores enter.
 int32_t lowest_of_highest(const int32_t* scores, int64_t count, int64_t wanted) {
-  int32_t highest[kFewHighest];  // ascending
+  int32_t highest[kFewHighest] = {};  // ascending
   std::copy_n(scores, wanted, highest);
   std::sort(highest, highest + wanted);
-  for (int64_t i = wanted; i < count; ++i) {
-    if (scores[i] <= highest[0]) continue;
+  const auto enter = [&](int32_t score) {
+    if (score <= highest[0]) return;
     int64_t at = 1;
-    for (; at < wanted && highest[at] < scores[i]; ++at) highest[at - 1] = highest[at];
-    highest[at - 1] = scores[i];
+    for (; at < wanted && highest[at] < score; ++at) highest[at - 1] = highest[at];
+    highest[at - 1] = score;
+  };
+  constexpr int64_t kStep = 16;  // compared together
+  int64_t i = wanted;
+  for (; i + kStep <= count; i += kStep) {
+    int32_t above = 0;
+    for (int64_t j = 0; j < kStep; ++j) above |= scores[i + j] > highest[0];
+    if (!above) continue;
+    for (int64_t j = 0; j < kStep; ++j) enter(scores[i + j]);
   }
+  for (; i < count; ++i) enter(scores[i]);
   return highest[0];
 }
 

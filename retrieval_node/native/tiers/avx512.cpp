@@ -50,9 +50,13 @@ inline void score_bfloat16_keys(const Bfloat16* const* keys, int dim, const Quer
                        LONGREACH_INLINE { x[i] = _mm512_maskz_loadu_epi16(rest, keys[i] + c); });
     add(c, x);
   }
-  unrolled<Keys>([&](auto i) LONGREACH_INLINE {
-    Simd::sum4(sums[i][0], sums[i][1], sums[i][2], sums[i][3], scores + i * kTile);
-  });
+  if constexpr (Keys == 4) {
+    Simd::sum16(sums, scores);
+  } else {
+    unrolled<Keys>([&](auto i) LONGREACH_INLINE {
+      Simd::sum4(sums[i][0], sums[i][1], sums[i][2], sums[i][3], scores + i * kTile);
+    });
+  }
 }
 
 template <bool Low>

@@ -75,7 +75,26 @@ struct Simd {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
   }
 
+  // out[4 * i + j] = sum of the lanes of x[i][j]: each step halves the lanes of a sum and puts two
+  // sums into one vector.
+  static void sum16(const F (&x)[4][4], float* out) {
+    store(out, quarters(quarters(quad(x[0][0], x[0][1], x[0][2], x[0][3]),
+                                 quad(x[1][0], x[1][1], x[1][2], x[1][3])),
+                        quarters(quad(x[2][0], x[2][1], x[2][2], x[2][3]),
+                                 quad(x[3][0], x[3][1], x[3][2], x[3][3]))));
+  }
+
  private:
+  static F quad(F a, F b, F c, F d) {
+    const __m512d left = _mm512_castps_pd(folded(a, b)), right = _mm512_castps_pd(folded(c, d));
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
+               _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
+  }
+  static F folded(F a, F b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+  // Sums of neighbouring quarters, of a and then of b.
+  static F quarters(F a, F b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
   static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
   static F widen(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
