@@ -4,6 +4,7 @@ All methods run interleaved in one process on one thread: for each decode step e
 the four query heads of a group, right after 96 MB were streamed through the caches (cold) and again
 (warm). Peers are timed for the search alone, longreach's kinds for search and attention. Each
 method is timed at the cheapest widths whose recall of the best 100 keys reaches .90, .95, .97, .99.
+Files are written after each scene, a data set of one size: --resume goes on after the last one.
 Recall alone says little about attention, so errors of the output and of the LSE against full
 attention, and the attention mass covered, stand beside it.
 """
@@ -29,7 +30,7 @@ from benchmarks.report import Report, argument_parser
 from benchmarks.retrieval_methods import (
     Method,
     built_kind,
-    graph_path,
+    index_path,
     kind_methods,
     peer_methods,
 )
@@ -141,7 +142,7 @@ class Plan:
         too_long = self.quick or scene.keys > self.slow_up_to
         peers = [peer(scene.keys, scene.centred.shape[1]) for peer in self.peers]
         for kind in sorted(self.kinds, key=lambda kind: kind not in FIRST_KINDS):
-            cached = kind == "roargraph" and graph_path(scene, self.cache).exists()
+            cached = index_path(kind, scene, self.cache).exists()
             slow = kind in SLOW_KINDS and too_long and not cached
             if kind not in FIRST_KINDS:
                 yield from self._peer_jobs(peers, scene, too_long)
@@ -166,6 +167,27 @@ class Plan:
         return slow or late
 
 
+class Written:
+    """The rows of all scenes, kept in a file beside the report while the run goes on."""
+
+    def __init__(self, report: Path | None, resume: bool) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._path = report and report.with_name(f"{report.stem}-details.json")
+        if resume and self._path is not None and self._path.exists():
+            self.rows = json.loads(self._path.read_text())
+
+    def has(self, data: str, keys: int) -> bool:
+        """Whether a scene was measured."""
+        return any((row["data"], row["keys"]) == (data, keys) for row in self.rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keeps the rows of a scene."""
+        self.rows += rows
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+
 def use_one_blas_thread() -> None:
     """Start over with one BLAS thread: NumPy reads the variable when it is imported."""
     if os.environ.get("OPENBLAS_NUM_THREADS") != "1":
@@ -185,6 +207,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=[peer.name for peer in PEERS])
     parser.add_argument("--steps", type=int, default=24, help="decode steps timed per method")
     parser.add_argument("--cache", type=Path, default=Path("bench-cache"))
+    parser.add_argument("--resume", action="store_true",
+                        help="keep the scenes that the file of --json has")  # fmt: skip
     parser.add_argument("--slow-up-to", type=int, default=1024, metavar="K",
                         help="build slow peers for at most this many keys")  # fmt: skip
     given = parser.parse_args()
@@ -203,24 +227,24 @@ def main() -> None:
     peers = [peer for peer in PEERS if peer.name in given.peers]
     plan = Plan(report, given.cache, kinds, peers, given.quick, given.slow_up_to * 1024,
                 deadline)  # fmt: skip
-    rows: list[dict[str, Any]] = []
+    written = Written(given.json, given.resume)
     with faiss_threads(1):
         for name in data:
             for size in sizes:
+                if written.has(name, size * 1024):
+                    continue
                 scene = Scene(name, size * 1024, steps, given.cache)
-                rows += measure(scene, plan)
-                if (name, scene.keys) == ("structured", KEYS):
-                    measure_threads(scene, report)
-    for row in rows:
+                written.add(measure(scene, plan))
+        if "structured" in data and KEYS // 1024 in sizes:
+            measure_threads(Scene("structured", KEYS, steps, given.cache), report)
+    for row in written.rows:
         report.add(**{column: row[column] for column in SHOWN})
-    check_targets(report, rows)
+    check_targets(report, written.rows)
     report.finish(given.json)
     if given.json is not None:
         from benchmarks.retrieval_plot import plot
 
-        plot(rows, given.json.with_suffix(".png"))
-        details = given.json.with_name(f"{given.json.stem}-details.json")
-        details.write_text(json.dumps(rows, indent=1) + "\n")
+        plot(written.rows, given.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

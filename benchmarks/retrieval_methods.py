@@ -28,6 +28,8 @@ from retrieval_node.index.roargraph_build import (
 RECALLS = (0.90, 0.95, 0.97, 0.99)
 ASKED = (100, 120, 150, 200, 300, 400, 600, 900, 1400)
 """Keys asked of our kinds, to reach a recall of the best 100: they have no other width."""
+QUICKLY_BUILT = ("flat", "sketch")
+"""Kinds that are built each time."""
 TAIL_BUDGETS = ("top_k=100+tail", "mass=0.95[64,1024]+tail")
 
 
@@ -171,40 +173,31 @@ class Built:
     graph_cpu_s: float = 0.0
 
 
-def graph_path(scene: Scene, cache: Path) -> Path:
-    """Where a scene's RoarGraph is kept."""
-    shape = f"{SHAPE.pivots}-{SHAPE.degree}-{SHAPE.build_beam}"
-    return cache / f"roargraph-{shape}-{scene.label}.index"
+def index_path(kind: str, scene: Scene, cache: Path) -> Path:
+    """Where a scene's index of a kind is kept."""
+    shape = f"-{SHAPE.pivots}-{SHAPE.degree}-{SHAPE.build_beam}" if kind == "roargraph" else ""
+    return cache / f"{kind}{shape}-{scene.label}.index"
 
 
 def built_kind(kind: str, scene: Scene, cache: Path) -> Built:
-    """An index of a kind; graphs are kept on disk."""
-    if kind != "roargraph":
+    """An index of a kind; those that take long to build are kept on disk."""
+    if kind in QUICKLY_BUILT:
         return Built(*build(kind, scene))
-    path = graph_path(scene, cache)
+    path = index_path(kind, scene, cache)
     times = path.with_suffix(".json")
     try:
         kept = read_index(path, scene.kv, kind, {})
         return Built(kept, **json.loads(times.read_text()))
     except (FailedPrecondition, OSError, ValueError):
-        made = build_roargraph(scene)
+        made = build_roargraph(scene) if kind == "roargraph" else Built(*build(kind, scene))
         path.unlink(missing_ok=True)
         write_index(path, made.index, scene.kv, kind, {})
         seconds = {"build_cpu_s": made.build_cpu_s, "graph_cpu_s": made.graph_cpu_s}
         times.write_text(json.dumps(seconds))
-        return Built(made.index, **seconds)
+        return made
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltGraph:
-    """A RoarGraph index with its build times."""
-
-    index: RoarGraphIndex
-    build_cpu_s: float
-    graph_cpu_s: float
-
-
-def build_roargraph(scene: Scene) -> BuiltGraph:
+def build_roargraph(scene: Scene) -> Built:
     """What the kind's build does, with the exact neighbours timed apart."""
     started = time.process_time()
     queries = training_queries(group_queries(scene.sample, 1, 0), scene.keys)
@@ -214,4 +207,4 @@ def build_roargraph(scene: Scene) -> BuiltGraph:
     graph = build_graph(scene.centred.astype(BFLOAT16), neighbours, SHAPE, 1, lambda: True)
     finished = time.process_time()
     assert graph is not None
-    return BuiltGraph(RoarGraphIndex(scene.kv, [graph]), finished - started, finished - searched)
+    return Built(RoarGraphIndex(scene.kv, [graph]), finished - started, finished - searched)

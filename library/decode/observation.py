@@ -43,10 +43,15 @@ class ObservedMethod(DecodeMethod):
         return Span(0, max(0, context - self.window))
 
     def prepare(self, layer: LayerContext) -> Search | None:
-        """Chooses, and gathers what was chosen."""
+        """Chooses, and gathers what was chosen: once, where only the context observes."""
         stop = max(0, layer.tokens - self.window)
         if stop == 0:
             return None
+        if layer.after.shape[1]:
+            return self._chosen(layer, stop)
+        return layer.once(("chosen", self), lambda: self._chosen(layer, stop))  # type: ignore[no-any-return]
+
+    def _chosen(self, layer: LayerContext, stop: int) -> Search:
         ids = self.choose(observed_mass(layer, self.window)[:, :stop])
         chosen = torch.zeros(layer.geometry.q_heads, stop, dtype=torch.bool, device=ids.device)
         chosen.scatter_(1, ids, torch.ones_like(ids, dtype=torch.bool))
