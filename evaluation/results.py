@@ -64,6 +64,10 @@ class Record:
         return self.method, self.task, self.length, self.haystack, self.question
 
 
+TICK_S = 10.0
+"""Of a run that is killed, no more than this is missing in the time that all runs took."""
+
+
 class ResultsFile:
     """Answers kept in a file; a context manager that holds it open for appending."""
 
@@ -121,6 +125,8 @@ class ResultsFile:
         """Keeps an answer; it is in the file when this returns."""
         self._records[record.key] = record
         self._write(dataclasses.asdict(record))
+        if time.monotonic() - self._since > TICK_S:
+            self.tick()
 
     def tick(self) -> None:
         """Keeps the time since the last tick, or since the file was opened."""

@@ -61,6 +61,22 @@ struct Simd {
         _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
   }
+  // 2 * kWidth elements: those at even places, and those at odd ones.
+  static void load_two(const Bfloat16* p, F& even, F& odd) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536)));
+  }
+  // From consecutive elements in a and b to those of load_two, and back.
+  static void part_two(F a, F b, F& even, F& odd) {
+    even = in_order(_mm256_shuffle_ps(a, b, 0x88));
+    odd = in_order(_mm256_shuffle_ps(a, b, 0xdd));
+  }
+  static void join_two(F even, F odd, F& a, F& b) {
+    const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    a = _mm256_permute2f128_ps(low, high, 0x20);
+    b = _mm256_permute2f128_ps(low, high, 0x31);
+  }
   // The first `count` < kWidth elements, then zeros; reads nothing beyond them.
   template <class T>
   static F load_part(const T* p, int count) {
@@ -83,6 +99,12 @@ struct Simd {
   static void sum4(F a, F b, F c, F d, float* out) {
     const F pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+  }
+
+ private:
+  // Of two vectors' elements that were taken half by half: the first vector's, then the other's.
+  static F in_order(F x) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8));
   }
 };
 

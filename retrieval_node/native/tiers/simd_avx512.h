@@ -53,6 +53,24 @@ struct Simd {
   static F load(const Bfloat16* p) {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  // 2 * kWidth elements: those at even places, and those at odd ones.
+  static void load_two(const Bfloat16* p, F& even, F& odd) {
+    const __m512i bits = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-65536)));
+  }
+  // From consecutive elements in a and b to those of load_two, and back.
+  static void part_two(F a, F b, F& even, F& odd) {
+    const __m512i twice =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = _mm512_permutex2var_ps(a, twice, b);
+    odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(twice, _mm512_set1_epi32(1)), b);
+  }
+  static void join_two(F even, F odd, F& a, F& b) {
+    const __m512i mixed = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    a = _mm512_permutex2var_ps(even, mixed, odd);
+    b = _mm512_permutex2var_ps(even, _mm512_add_epi32(mixed, _mm512_set1_epi32(8)), odd);
+  }
   // The first `count` < kWidth elements, then zeros; reads nothing beyond them.
   static F load_part(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
   static F load_part(const Half* p, int count) {
