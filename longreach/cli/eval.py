@@ -23,7 +23,8 @@ with, question by question.
 examples:
   longreach eval --list                      every task and method, one line each
   longreach eval --quick --json out/q.json   ends within five minutes
-  longreach eval                             the default report: demo model, 4K to 128K
+  longreach eval                             the default report: demo model, 4K to 128K; needles
+                                             and slow reference methods less far, unless named
   longreach eval --tasks needle --lengths 4K 8K 16K 32K --n 1 --json out/needle.json
   longreach eval --model Qwen/Qwen3-0.6B --tasks ruler infinitebench --lengths 32K --n 50 \\
       --methods full cluster:exact cluster/hnsw:top_k=100 'cluster:mass=0.98[64,4096]'
