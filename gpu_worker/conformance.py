@@ -34,8 +34,13 @@ QUESTION_TOKENS = 24
 SINK_TOKENS = 8
 WINDOW_TOKENS = 40
 
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-"""Largest root-mean-square difference of logits, in standard deviations of the eager logits."""
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 0.16}
+"""Largest root-mean-square difference of logits, in standard deviations of the eager logits.
+
+bfloat16 rounds eight times as coarsely as float16. The demo model's eager logits in bfloat16 are
+.05 from those in float32, up to .16 in a row, so that two right answers differ by .02 to .08, more
+or less by CPU; an attention scale that is wrong by a tenth makes .4 to .5.
+"""
 
 LOOKAHEAD_LIMIT = {**TOLERANCE, torch.float32: 1e-4}
 """The same for a token's eager logits with and without the tokens that follow it."""

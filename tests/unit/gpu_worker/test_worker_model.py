@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from worker_models import FAMILIES, random_model, random_module, saved_model
 
 from gpu_worker.arrays import to_array, to_tensor
 from gpu_worker.conformance import measure_conformance, require_conformance
+from gpu_worker.methods.in_process import InProcessRetriever
 from gpu_worker.model import load_model, model_revision, prepare_model
 from longreach.errors import InvalidRequest, UnsupportedModel
 from longreach.types import BFLOAT16
+
+DEMO = Path(__file__).parents[3] / "models" / "demo"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -26,6 +30,23 @@ def test_half_precision_models_pass_within_their_rounding(dtype: torch.dtype) ->
     module = random_module("qwen3").to(dtype)
     found = require_conformance(prepare_model(module, "half", torch.device("cpu")))
     assert found.worst > 1e-4
+
+
+def test_rounding_to_bfloat16_is_told_from_attention_that_is_a_tenth_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load_model(str(DEMO), "cpu", "bfloat16")
+    require_conformance(model)
+    attend = InProcessRetriever._attend
+
+    def sharper(
+        self: InProcessRetriever, layer: int, asked: Any, scale: float, softcap: float
+    ) -> Any:
+        return attend(self, layer, asked, 1.1 * scale, softcap)
+
+    monkeypatch.setattr(InProcessRetriever, "_attend", sharper)
+    with pytest.raises(UnsupportedModel, match="differ from eager attention"):
+        require_conformance(model)
 
 
 def test_the_gate_refuses_a_model_whose_retrieved_keys_are_lost(
