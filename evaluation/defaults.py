@@ -99,7 +99,7 @@ DEFAULT = Selection(
     limits={
         "needle": 16_384,  # a prefill for each depth
         **dict.fromkeys((*_BUDGETS, *_SLOW), 65_536),
-        **dict.fromkeys(_PREFILLS_BESIDE, 32_768),
+        **dict.fromkeys(_PREFILLS_BESIDE, 16_384),
     },
 )
 QUICK = Selection(
