@@ -11,7 +11,7 @@ import os
 import queue
 import signal
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +64,9 @@ def units_of(plan: Plan, store: ResultsFile, processes: int) -> list[Unit]:
     processes.
     """
     units = []
+    answered: defaultdict[tuple[str, str, int, int], set[Key]] = defaultdict(set)
+    for record in store.records:
+        answered[record.method, record.task, record.length, record.haystack].add(record.key)
     alike = Counter((task.name, length) for task, length, _ in plan.haystacks())
     for task, length, index in plan.haystacks():
         where = (task.name, length, index)
@@ -74,14 +77,8 @@ def units_of(plan: Plan, store: ResultsFile, processes: int) -> list[Unit]:
                 methods = tuple(unasked[part::parts])
                 if not methods:
                     continue
-                names = {method.name for method in methods}
-                answered = frozenset(
-                    record.key
-                    for record in store.records
-                    if record.method in names
-                    and (record.task, record.length, record.haystack) == where
-                )
-                units.append(Unit(methods, *where, answered))
+                there = (answered[method.name, *where] for method in methods)
+                units.append(Unit(methods, *where, frozenset().union(*there)))
     return sorted(units, key=lambda unit: (-unit.length, -len(unit.methods)))
 
 
