@@ -77,7 +77,7 @@ def kind_methods(kind: str, built: Built, scene: Scene) -> Iterator[Method]:
         return Method(
             kind,
             str(budget),
-            lambda step: index.attend([scene.rows(step, budget)], scene.work.scale),
+            attending(index, scene, budget),
             answers_quality(index, scene, budget),
             True,
             index.index_bytes / scene.keys,
@@ -99,12 +99,16 @@ def kind_methods(kind: str, built: Built, scene: Scene) -> Iterator[Method]:
         yield method(Budget.parse(text))
 
 
+def attending(index: Index, scene: Scene, budget: Budget) -> Callable[[int], object]:
+    """Answers a step. Its rows are made before, as peers' queries are."""
+    rows = [[scene.rows(step, budget)] for step in range(scene.steps)]
+    scale = scene.work.scale
+    return lambda step: index.attend(rows[step], scale)
+
+
 def graph_methods(index: RoarGraphIndex, built: Built, scene: Scene) -> Iterator[Method]:
     """The graph at the narrowest beam that reaches each recall."""
     budget = Budget(top_k=TOP)
-
-    def run_at(wide: Index) -> Callable[[int], object]:
-        return lambda step: wide.attend([scene.rows(step, budget)], scene.work.scale)
 
     def quality(beam: int) -> Quality:
         return answers_quality(index.with_width(SearchWidth(beam, 1.0)), scene, budget)
@@ -113,7 +117,7 @@ def graph_methods(index: RoarGraphIndex, built: Built, scene: Scene) -> Iterator
         wide = index.with_width(SearchWidth(beam, 1.0))
         extra = {"graph_cpu_s": built.graph_cpu_s, **work_of(wide, scene, budget)}
         yield Method(
-            "roargraph", f"beam={beam}", run_at(wide), reached, True,
+            "roargraph", f"beam={beam}", attending(wide, scene, budget), reached, True,
             index.index_bytes / scene.keys, built.build_cpu_s, extra
         )  # fmt: skip
 

@@ -6,6 +6,9 @@ fallback: without the module this file does not import, and the error says how t
 
 The instruction-set tier ("scalar", "avx2", "avx512" or "amx") is the best one the CPU has; the
 environment variable LONGREACH_ISA forces one.
+
+What a call on the token path makes is a NamedTuple: a frozen dataclass takes several times as long
+to make, and more so with cold caches.
 """
 
 from __future__ import annotations
@@ -45,8 +48,7 @@ SUMMARY_KEYS = 64
 """Keys of a value summary."""
 
 
-@dataclass(frozen=True, slots=True)
-class KernelRows:
+class KernelRows(NamedTuple):
     """Rows that share a scope and a budget.
 
     queries [rows, heads, group, head_dim] float32 for KV heads from `kv_head_start` on, counted
@@ -81,8 +83,7 @@ class Figures(NamedTuple):
     """Nanoseconds of the threads that ran it."""
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetedAnswer:
+class BudgetedAnswer(NamedTuple):
     """Partial attention under a budget, its figures, and, when asked for, the kept keys (counted
     from the first) of each (row, head, query head), flattened."""
 
@@ -300,22 +301,25 @@ class SketchLayer:
 
 def _exact_entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention]) -> list[Any]:
     return [
-        (_floats(rows.queries), rows.kv_head_start, rows.start, rows.stop, part.output, part.lse)
+        (rows.queries, rows.kv_head_start, rows.start, rows.stop, part.output, part.lse)
         for rows, part in zip(batch, parts, strict=True)
     ]
+
+
+# The module copies queries and floors that are not dense float32; outputs are made dense here.
 
 
 def _entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention]) -> list[Any]:
     return [
         (
-            _floats(rows.queries),
+            rows.queries,
             rows.kv_head_start,
             rows.start,
             rows.stop,
             part.output,
             part.lse,
             _budget(rows.budget),
-            None if rows.logit_floor is None else _floats(rows.logit_floor),
+            rows.logit_floor,
         )
         for rows, part in zip(batch, parts, strict=True)
     ]
@@ -323,17 +327,14 @@ def _entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention]) -> 
 
 def _budget(budget: Budget) -> tuple[int, int, float, int, int, float, bool]:
     """The budget as flat numbers; the rule is 0 exact, 1 top_k, 2 mass, 3 beta."""
-    rules = (budget.exact, budget.top_k is not None, budget.mass is not None)
-    rule = rules.index(True) if any(rules) else 3
-    return (
-        rule,
-        budget.top_k or 0,
-        budget.mass or 0.0,
-        budget.floor,
-        budget.ceiling,
-        budget.beta or 0.0,
-        budget.tail_estimate,
-    )
+    floor, ceiling, tail = budget.floor, budget.ceiling, budget.tail_estimate
+    if budget.top_k is not None:
+        return 1, budget.top_k, 0.0, floor, ceiling, 0.0, tail
+    if budget.mass is not None:
+        return 2, 0, budget.mass, floor, ceiling, 0.0, tail
+    if budget.beta is not None:
+        return 3, 0, 0.0, floor, ceiling, budget.beta, tail
+    return 0, 0, 0.0, floor, ceiling, 0.0, tail
 
 
 def _answers(parts: Sequence[PartialAttention], results: Any) -> list[BudgetedAnswer]:

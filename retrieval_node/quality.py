@@ -21,7 +21,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
@@ -106,8 +106,7 @@ def _kept(
     if part.index is None:
         return np.ones(shape, bool)
     inside = head - part.first_head
-    asked = replace(
-        part.rows,
+    asked = part.rows._replace(
         queries=part.rows.queries[row : row + 1, inside : inside + 1],
         kv_head_start=part.rows.kv_head_start + inside,
         logit_floor=(

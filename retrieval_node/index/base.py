@@ -11,7 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -56,8 +56,7 @@ class LayerKv:
         return int(key_bytes + self.values.shape[2] * self.values.itemsize)
 
 
-@dataclass(frozen=True, slots=True)
-class IndexRows:
+class IndexRows(NamedTuple):
     """Rows that share a scope and a budget.
 
     queries [rows, heads, group, head_dim] float32 for the KV heads [kv_head_start, kv_head_start +
@@ -73,8 +72,7 @@ class IndexRows:
     logit_floor: FloatArray | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class IndexAnswer:
+class IndexAnswer(NamedTuple):
     """Partial attention of IndexRows: output [rows, heads, group, value_dim], lse [rows, heads,
     group]; `selected`, kept only when asked for, lists the attended positions of each (row, head,
     query head of the group)."""

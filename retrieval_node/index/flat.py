@@ -110,7 +110,8 @@ def attend_whole(
     try:
         parts = kernel.attend_exact_pairs(pairs, scale, softcap)
     except ValueError:
-        explain_refusal(rows for _, batch in asked for rows in batch)
+        for kv, batch in asked:
+            explain_refusal(batch, kv)
         raise
     share_s = (time.perf_counter() - started) / max(1, sum(len(batch) for _, batch in asked))
     return [

@@ -35,19 +35,19 @@ def call_kernel(
     try:
         return call([kernel_rows(rows, kv) for rows in batch])
     except ValueError:
-        explain_refusal(batch)
+        explain_refusal(batch, kv)
         raise
 
 
-def explain_refusal(batch: Iterable[IndexRows]) -> None:
-    """Raise InvalidRequest if it is for NaN or infinity that the kernel refused these rows."""
+def explain_refusal(batch: Iterable[IndexRows], kv: LayerKv) -> None:
+    """Raise InvalidRequest if it is for their shapes, NaN or infinity that the kernel refused these
+    rows."""
     for rows in batch:
-        check_finite(rows)
+        check_rows(rows, kv)
 
 
 def kernel_rows(rows: IndexRows, kv: LayerKv) -> KernelRows:
-    """The same rows, in keys counted from the first held; InvalidRequest if shapes do not fit."""
-    check_shapes(rows, kv)
+    """The same rows, in keys counted from the first held. The kernel checks shapes and numbers."""
     start, stop = _local_bounds(rows, kv)
     return KernelRows(rows.queries, rows.kv_head_start, start, stop, rows.budget, rows.logit_floor)
 
@@ -96,7 +96,10 @@ def answer_by_budget(
 ) -> list[IndexAnswer]:
     """Answers of `exact` for entries with an exact budget and of `budgeted` for the others, in the
     batch's order; neither is called for no entries."""
-    if not any(rows.budget.exact for rows in batch):  # the token path, nearly always
+    for rows in batch:
+        if rows.budget.exact:
+            break
+    else:  # the token path, nearly always
         return budgeted(list(batch)) if batch else []
     answers: dict[int, IndexAnswer] = {}
     for wants_exact, answer in ((True, exact), (False, budgeted)):

@@ -149,7 +149,7 @@ class KmeansIndex(Index):
                 return self._whole(rows, to_logits, want_selected)
         if rows.budget.tail_estimate:
             tail = self._tail(rows, logits, sizes, kept)
-            answer = replace(answer, partial=merge([answer.partial, tail]))
+            answer = answer._replace(partial=merge([answer.partial, tail]))
         return self._reported(rows, answer, want_selected)
 
     def _whole(self, rows: IndexRows, to_logits: Logits, want_selected: bool) -> IndexAnswer:
@@ -183,14 +183,14 @@ class KmeansIndex(Index):
     ) -> IndexAnswer:
         """The answer with centroids, and the tail's mean values, among the bytes read."""
         if not want_selected:
-            answer = replace(answer, selected=None)
+            answer = answer._replace(selected=None)
         result = index_answer(rows, self._kv, answer)
         pairs = rows.queries.shape[0] * rows.queries.shape[1]
         row_bytes = self._clusters.centroids.shape[2] * 4
         if rows.budget.tail_estimate:
             row_bytes += self._clusters.mean_values.shape[2] * 4
         read = result.work.bytes_read + pairs * self._clusters.per_head * row_bytes
-        return replace(result, work=replace(result.work, bytes_read=read))
+        return result._replace(work=replace(result.work, bytes_read=read))
 
 
 def _nearest(logits: FloatArray, sizes: IntArray, wanted: int) -> np.ndarray:

@@ -43,14 +43,16 @@ BudgetedBatch::BudgetedBatch(const LayerKv& kv, const std::vector<BudgetedEntry>
     const size_t pairs = static_cast<size_t>(rows.rows) * rows.heads;
     figures_[i].resize(pairs);
     if (floor) {
-      require(floor->size() == pairs * rows.group, "logit_floor must be [rows, heads, group]");
+      require(floor->ndim() == 3 && static_cast<int64_t>(floor->shape(0)) == rows.rows &&
+                  static_cast<int>(floor->shape(1)) == rows.heads &&
+                  static_cast<int>(floor->shape(2)) == rows.group,
+              "logit_floor must be [rows, heads, group]");
       for (size_t j = 0; j < floor->size(); ++j)
         require(!std::isnan(floor->data()[j]), "logit_floor holds NaN");
     }
     if (want_selected) selected_[i].resize(pairs * rows.group);
     entries_.push_back({rows, budget_of(budget), floor ? floor->data() : nullptr,
-                        figures_[i].data(),
-                        want_selected ? &selected_[i] : nullptr});
+                        figures_[i].data(), want_selected ? &selected_[i] : nullptr});
   }
 }
 

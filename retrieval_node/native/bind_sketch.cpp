@@ -156,6 +156,13 @@ int64_t scan(const Bytes& codes, int eight, int four, const Weights& weights,
   return hits.count;
 }
 
+int32_t nth_highest(const Integers& scores, int64_t wanted) {
+  const auto count = static_cast<int64_t>(scores.size());
+  require(wanted >= 1 && wanted <= kMostHighest && wanted <= count,
+          "wanted must be 1 to " + std::to_string(kMostHighest) + " and no more than the scores");
+  return kernels().nth_highest(scores.data(), count, wanted);
+}
+
 }  // namespace
 
 void bind_sketch(nb::module_& module) {
@@ -169,6 +176,8 @@ void bind_sketch(nb::module_& module) {
              nb::arg("tail").none(), nb::arg("sums"),
              "The bare scan: fills ids and scores of codes above a threshold and, with `tail`, the "
              "summed weights of the others; returns how many were found.");
+  module.def("nth_highest", &nth_highest, nb::arg("scores"), nb::arg("wanted"),
+             "The `wanted`-th highest score.");
   nb::class_<SketchLayer>(module, "SketchLayer", "K, V and sketches of a layer, checked.")
       .def(nb::init<AnyArray, AnyArray, const std::string&, std::vector<HeadTuple>>(),
            nb::arg("keys"), nb::arg("values"), nb::arg("storage"), nb::arg("heads"))

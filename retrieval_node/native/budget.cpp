@@ -13,21 +13,25 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr Cut kKeepAll = {kMinusInfinity, kAllTies};
 
-// A value below which at least `wanted` lie above it, and few more unless there are ties or wild
-// outliers: bisection by counting, which costs a fast pass each time. -infinity if that is all.
-float bar_below(const KernelTable& k, const float* logits, int64_t count, int64_t wanted) {
-  constexpr int kMostPasses = 24;
-  const int64_t enough = wanted + wanted / 8 + 8;
+// A value with `above` >= wanted values above it: as many as wanted unless there are ties or wild
+// outliers. -infinity if it has to be below all of them.
+struct Bar {
+  float value;
+  int64_t above;
+};
+
+// Bisection by counting, which costs a fast pass each time.
+Bar bar_below(const KernelTable& k, const float* logits, int64_t count, int64_t wanted) {
+  constexpr int kMostPasses = 32;
   float low, high;
   k.value_range(logits, count, &low, &high);
-  float bar = kMinusInfinity;
-  for (int pass = 0; pass < kMostPasses; ++pass) {
+  Bar bar{kMinusInfinity, count};
+  for (int pass = 0; pass < kMostPasses && bar.above > wanted; ++pass) {
     const float middle = 0.5f * low + 0.5f * high;
     if (!(middle > low && middle < high)) break;
     const int64_t above = k.count_above(logits, count, middle);
     (above >= wanted ? low : high) = middle;
-    if (above >= wanted) bar = middle;
-    if (above >= wanted && above <= enough) break;
+    if (above >= wanted) bar = {middle, above};
   }
   return bar;
 }
@@ -38,7 +42,9 @@ Cut cut_highest(const KernelTable& k, const float* logits, int64_t count, int64_
   thread_local Workspace<float> memory;
   if (wanted >= count) return kKeepAll;
   if (wanted <= 0) return {std::numeric_limits<float>::infinity(), 0};
-  const float bar = bar_below(k, logits, count, wanted);
+  const auto [bar, found] = bar_below(k, logits, count, wanted);
+  if (found == wanted)
+    return {std::nextafter(bar, std::numeric_limits<float>::infinity()), kAllTies};
   float* above = memory.reserve(count);
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -49,7 +55,8 @@ Cut cut_highest(const KernelTable& k, const float* logits, int64_t count, int64_
   const float threshold = above[wanted - 1];
   const int64_t higher =
       std::count_if(above, above + wanted, [&](float z) { return z > threshold; });
-  return {threshold, wanted - higher};
+  const int64_t equal = std::count(above, above + kept, threshold);
+  return {threshold, higher + equal == wanted ? kAllTies : wanted - higher};
 }
 
 Heaviest fewest_for_sum(const KernelTable& k, const float* weights, int64_t count, double needed) {

@@ -26,7 +26,8 @@ inline bool may_use_all(const Budget& budget) {
   return budget.tail_estimate || (budget.rule == BudgetRule::kMass && budget.ceiling == 0);
 }
 
-// Keeps logits above `threshold` and the first `ties` of those equal to it.
+// Keeps logits above `threshold`, which need not be one of them, and the first `ties` of those
+// equal to it.
 struct Cut {
   float threshold;
   int64_t ties;

@@ -1,6 +1,7 @@
 #include "chosen.h"
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "isa.h"
@@ -10,13 +11,22 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-void apply(const Cut& cut, float* logits, int64_t count) {
+// Of the logits [count][kTile] of one query head, drops those at the threshold that are too many.
+void drop_ties(const Cut& cut, float* logits, int64_t count) {
   int64_t ties = cut.ties;
   for (int64_t i = 0; i < count; ++i) {
     float& z = logits[i * kTile];
-    const bool keep = z > cut.threshold || (z == cut.threshold && ties-- > 0);
-    if (!keep) z = kMinusInfinity;
+    if (z == cut.threshold && ties-- <= 0) z = kMinusInfinity;
   }
+}
+
+// Whether any of the logits of a candidate is not -infinity.
+bool any_left(const float* logits) {
+  uint32_t bits[kTile], others = 0;
+  constexpr uint32_t kMinusInfinityBits = 0xff800000u;
+  std::memcpy(bits, logits, sizeof bits);
+  for (const uint32_t each : bits) others |= each ^ kMinusInfinityBits;
+  return others != 0;
 }
 
 }  // namespace
@@ -54,25 +64,39 @@ void ChosenAttention::score(const KernelTable& k, const HeadTask& task,
 }
 
 void ChosenAttention::cut(const KernelTable& k, const HeadTask& task, const float* rest_lse) {
+  for (int t = 0; t < task.tiles(); ++t) cut_tile(k, task, rest_lse, t);
+}
+
+void ChosenAttention::cut_tile(const KernelTable& k, const HeadTask& task, const float* rest_lse,
+                               int tile) {
   const int64_t count = choice_.count;
-  for (int g = 0; g < task.tiles() * kTile; ++g) {
-    float* column = logits(g / kTile) + g % kTile;
+  float* all = logits(tile);
+  float* columns = column_memory_.reserve(kTile * count);
+  for (int64_t i = 0; i < count; ++i)
+    for (int r = 0; r < kTile; ++r) columns[r * count + i] = all[i * kTile + r];
+  float thresholds[kTile];
+  for (int r = 0; r < kTile; ++r) {
+    const int g = tile * kTile + r;
+    thresholds[r] = kMinusInfinity;
     if (g >= task.group) {  // padding must not keep keys alive
-      for (int64_t i = 0; i < count; ++i) column[i * kTile] = kMinusInfinity;
+      for (int64_t i = 0; i < count; ++i) all[i * kTile + r] = kMinusInfinity;
       continue;
     }
-    float* packed = column_memory_.reserve(count);
-    bool ordered = true;
-    for (int64_t i = 0; i < count; ++i) {
-      packed[i] = column[i * kTile];
-      ordered = ordered && packed[i] == packed[i];
-    }
+    const float* own = columns + r * count;
+    int32_t unordered = 0;
+    for (int64_t i = 0; i < count; ++i) unordered |= own[i] != own[i];
     // NaN has no rank: a head that meets one keeps every key, and its output shows the NaN.
-    if (ordered)
-      apply(cut_of(k, task.entry->budget, packed, count, task.lowest_logit(g),
-                   rest_lse ? rest_lse[g] : kMinusInfinity),
-            column, count);
+    if (unordered) continue;
+    const Cut cut = cut_of(k, task.entry->budget, own, count, task.lowest_logit(g),
+                           rest_lse ? rest_lse[g] : kMinusInfinity);
+    thresholds[r] = cut.threshold;
+    if (cut.ties != kAllTies) drop_ties(cut, all + r, count);
   }
+  for (int64_t i = 0; i < count; ++i)
+    for (int r = 0; r < kTile; ++r) {
+      const float z = all[i * kTile + r];
+      all[i * kTile + r] = z < thresholds[r] ? kMinusInfinity : z;
+    }
 }
 
 void ChosenAttention::list_selected(const HeadTask& task) const {
@@ -93,12 +117,11 @@ void ChosenAttention::attend(const KernelTable& k, const HeadTask& task) {
   const int64_t stride = count * kTile + kPanel;
   for (int64_t i = 0; i < count; ++i) {
     bool any = false;
-    for (int t = 0; t < task.tiles(); ++t)
-      for (int r = 0; r < kTile; ++r) {
-        const float z = logits(t)[i * kTile + r];
-        weights[t * stride + kept * kTile + r] = z;
-        any |= z != kMinusInfinity;
-      }
+    for (int t = 0; t < task.tiles(); ++t) {
+      const float* own = logits(t) + i * kTile;
+      std::memcpy(weights + t * stride + kept * kTile, own, kTile * sizeof(float));
+      any |= any_left(own);
+    }
     ids[kept] = candidate(i);
     kept += any;
   }

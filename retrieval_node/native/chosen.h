@@ -81,6 +81,7 @@ class ChosenAttention {
 
  private:
   void reserve(const HeadTask& task, int64_t count);
+  void cut_tile(const KernelTable& k, const HeadTask& task, const float* rest_lse, int tile);
   void list_selected(const HeadTask& task) const;
 
   RowChoice choice_{};

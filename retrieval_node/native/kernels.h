@@ -54,6 +54,7 @@ constexpr int kCodeKeys = 16;     // keys of a code block
 constexpr int kSummaryKeys = 64;  // keys of a value summary: four code blocks
 constexpr int kCodeHeads = 8;     // most query heads scanned at once
 constexpr int kMostQuads = 64;    // most groups of four dimensions in a code
+constexpr int kMostHighest = 64;  // most highest scores found in one pass
 
 // A code has 4 * eight dimensions of 8 bits, then 8 * four of 4 bits. Blocks of kCodeKeys keys are
 // transposed: `eight` lines of 64 bytes with four dimensions of each key, then `four` lines whose
@@ -127,6 +128,9 @@ struct KernelTable {
 
   // Sum of those of values[0 .. count) above the threshold.
   double (*sum_above)(const float* values, int64_t count, float threshold);
+
+  // The `wanted`-th highest of the scores, 1 <= wanted <= min(kMostHighest, count).
+  int32_t (*nth_highest)(const int32_t* scores, int64_t count, int64_t wanted);
 
   // Scores of `count` code blocks, `step` apart from `first`: out[(head * count + i) * kCodeKeys +
   // key].

@@ -35,37 +35,11 @@ constexpr float kFloorMargin = 3.0f;
 constexpr double kGatherShare = 0.2;
 // Each retry lowers the bars to find this many times as many keys.
 constexpr double kWidening = 4.0;
-// Up to so many highest scores are found in one pass; more, by counting.
-constexpr int64_t kFewHighest = 64;
 
 // Keys the budget names, if it does.
 double named_keys(const Budget& budget) {
   if (budget.rule == BudgetRule::kTopK) return static_cast<double>(budget.top_k);
   return budget.rule == BudgetRule::kMass ? static_cast<double>(budget.floor) : 0.0;
-}
-
-// The `wanted`-th highest of `count` scores, 1 <= wanted <= min(kFewHighest, count): a sorted list
-// of the highest so far, that few scores enter.
-int32_t lowest_of_highest(const int32_t* scores, int64_t count, int64_t wanted) {
-  int32_t highest[kFewHighest] = {};  // ascending
-  std::copy_n(scores, wanted, highest);
-  std::sort(highest, highest + wanted);
-  const auto enter = [&](int32_t score) {
-    if (score <= highest[0]) return;
-    int64_t at = 1;
-    for (; at < wanted && highest[at] < score; ++at) highest[at - 1] = highest[at];
-    highest[at - 1] = score;
-  };
-  constexpr int64_t kStep = 16;  // compared together
-  int64_t i = wanted;
-  for (; i + kStep <= count; i += kStep) {
-    int32_t above = 0;
-    for (int64_t j = 0; j < kStep; ++j) above |= scores[i + j] > highest[0];
-    if (!above) continue;
-    for (int64_t j = 0; j < kStep; ++j) enter(scores[i + j]);
-  }
-  for (; i < count; ++i) enter(scores[i]);
-  return highest[0];
 }
 
 int32_t as_score(float value) {
@@ -170,8 +144,9 @@ const float* SketchSearch::as_floats(const int32_t* scores, int64_t count) {
 // The bar above which the `wanted` highest of the scores lie.
 int32_t SketchSearch::bar_above(const KernelTable& k, const int32_t* scores, int64_t count,
                                 int64_t wanted) {
-  if (wanted <= kFewHighest && wanted < count) return lowest_of_highest(scores, count, wanted) - 1;
-  return as_score(cut_highest(k, as_floats(scores, count), count, wanted).threshold - 1.0f);
+  if (wanted <= kMostHighest && wanted < count) return k.nth_highest(scores, count, wanted) - 1;
+  return as_score(std::ceil(cut_highest(k, as_floats(scores, count), count, wanted).threshold) -
+                  1.0f);
 }
 
 // Puts exp(logit - highest logit) of the scores into column_.

@@ -21,6 +21,7 @@ void SketchSearch::trim(const KernelTable& k, const HeadTask& task) {
   if (budget.rule == BudgetRule::kMass) raise_mass_bars(k, task, stop_, 1);
   if (tail_sums_) weigh_hits(k);
   if (budget.rule == BudgetRule::kTopK && budget.tail_estimate) return choose_for_tail(k, task);
+  bool raised = budget.rule != BudgetRule::kTopK;  // other rules raise bars during the scan
   for (int head = 0; head < task.group; ++head) {
     double most = std::numeric_limits<double>::infinity();
     if (budget.rule == BudgetRule::kTopK) most = wanted_[head];
@@ -29,9 +30,10 @@ void SketchSearch::trim(const KernelTable& k, const HeadTask& task) {
     if (static_cast<double>(hits_above_bar(head)) < kTrimAbove * most) continue;
     const int32_t* scores = hits_.scores + head * hits_.capacity;
     const int32_t bar = bar_above(k, scores, hits_.count, static_cast<int64_t>(most));
+    raised = raised || bar > bars_[head];
     bars_[head] = std::max(bars_[head], bar);
   }
-  drop_below_bars();
+  if (raised) drop_below_bars();
 }
 
 // Weighs all hits, for each head.
@@ -67,8 +69,8 @@ void SketchSearch::choose_for_tail(const KernelTable& k, const HeadTask& task) {
     // Keys that are no hits weigh at most `bar` each, half of that when it counts. A head without
     // hits of its own may have its bar far above what others hit.
     constexpr double kFarAbove = 60;
-    const double bar = std::exp(
-        std::min(kFarAbove, static_cast<double>(reference(head) - weights_[head].top)));
+    const double bar =
+        std::exp(std::min(kFarAbove, static_cast<double>(reference(head) - weights_[head].top)));
     const double rest = bar * tail_sum_to(head, stop_);
     double listed = 0;
     for (int64_t i = 0; i < count; ++i) listed += static_cast<double>(own[i] * own[i]);
@@ -82,8 +84,8 @@ void SketchSearch::choose_for_tail(const KernelTable& k, const HeadTask& task) {
     }
   }
   // Logits beyond floats have no order: then all hits are read.
-  const double sum = std::accumulate(shares, shares + count, 0.0) +
-                     std::accumulate(squares, squares + count, 0.0);
+  const double sum =
+      std::accumulate(shares, shares + count, 0.0) + std::accumulate(squares, squares + count, 0.0);
   if (!std::isfinite(sum)) return;
   const double length = static_cast<double>(task.entry->rows.stop - task.entry->rows.start);
   const auto most = static_cast<int64_t>(kTailShare * heads * length);
@@ -131,8 +133,8 @@ void SketchSearch::drop(Keep keep) {
       hits_.ids[kept++] = id;
     } else if (tail_sums_) {
       for (int head = 0; head < heads; ++head)
-        tail_sum(id / kSummaryKeys, head) += static_cast<float>(
-            static_cast<double>(weights[head * count + i]) * to_tail[head]);
+        tail_sum(id / kSummaryKeys, head) +=
+            static_cast<float>(static_cast<double>(weights[head * count + i]) * to_tail[head]);
     }
   }
   hits_.count = kept;

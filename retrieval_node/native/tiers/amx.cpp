@@ -88,6 +88,7 @@ const KernelTable kAmxKernels = {
     vector::value_range<Simd>,
     vector::count_above<Simd>,
     vector::sum_above<Simd>,
+    vector::nth_highest<Simd>,
     avx512::code_scores,
     avx512::code_scan,
 };

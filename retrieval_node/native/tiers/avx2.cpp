@@ -11,7 +11,7 @@ const KernelTable kAvx2Kernels = {
     vector::score<Simd>,        vector::score_panel<Simd>, vector::to_logits<Simd>,
     vector::softmax_step<Simd>, vector::accumulate<Simd>,  vector::widen<Simd>,
     vector::value_range<Simd>,  vector::count_above<Simd>, vector::sum_above<Simd>,
-    avx2::code_scores,          avx2::code_scan,
+    vector::nth_highest<Simd>,  avx2::code_scores,         avx2::code_scan,
 };
 
 }  // namespace longreach

@@ -1,5 +1,8 @@
 // The specification of every kernel: plain loops, nothing clever.
+#include <algorithm>
 #include <cmath>
+#include <functional>
+#include <vector>
 
 #include "kernels.h"
 #include "tiers/codes.h"
@@ -113,11 +116,18 @@ double sum_above(const float* values, int64_t count, float threshold) {
   return sum;
 }
 
+int32_t nth_highest(const int32_t* scores, int64_t count, int64_t wanted) {
+  std::vector<int32_t> ordered(scores, scores + count);
+  std::nth_element(ordered.begin(), ordered.begin() + (wanted - 1), ordered.end(),
+                   std::greater<int32_t>());
+  return ordered[wanted - 1];
+}
+
 }  // namespace
 
 const KernelTable kScalarKernels = {
-    score,       score_panel, to_logits, softmax_step,        accumulate,        widen,
-    value_range, count_above, sum_above, scalar::code_scores, scalar::code_scan,
+    score,       score_panel, to_logits, softmax_step, accumulate,          widen,
+    value_range, count_above, sum_above, nth_highest,  scalar::code_scores, scalar::code_scan,
 };
 
 }  // namespace longreach

@@ -514,6 +514,60 @@ double sum_above(const float* values, int64_t count, float threshold) {
   return sum;
 }
 
+// The highest scores so far, ascending.
+template <class S>
+struct Highest {
+  int32_t scores[kMostHighest];
+  int64_t count;
+
+  void enter(int32_t score) {
+    if (score <= scores[0]) return;
+    int64_t at = 1;
+    for (; at < count && scores[at] < score; ++at) scores[at - 1] = scores[at];
+    scores[at - 1] = score;
+  }
+};
+
+// A pass over all scores for the highest of every 64th, another for the few above the `wanted`-th
+// of these, which as many scores reach.
+template <class S>
+int32_t nth_highest(const int32_t* scores, int64_t count, int64_t wanted) {
+  constexpr int32_t kLowest = -2147483647 - 1;
+  constexpr int64_t kLanes = kMostHighest;
+  Highest<S> highest;
+  highest.count = wanted;
+  const auto start = [&](int32_t score) {
+    for (int64_t i = 0; i < wanted; ++i) highest.scores[i] = score;
+  };
+  start(kLowest);
+  if (count >= 2 * kLanes) {
+    int32_t tops[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) tops[j] = scores[j];
+    for (int64_t i = kLanes; i + kLanes <= count; i += kLanes)
+      for (int64_t j = 0; j < kLanes; ++j)
+        tops[j] = scores[i + j] > tops[j] ? scores[i + j] : tops[j];
+    for (int64_t j = 0; j < kLanes; ++j) highest.enter(tops[j]);
+    const int32_t reached = highest.scores[0];
+    start(reached > kLowest ? reached - 1 : kLowest);
+  }
+  const auto any_above = [&](int64_t from, auto lanes) LONGREACH_INLINE {
+    const int32_t bar = highest.scores[0];
+    int32_t above = 0;
+    for (int64_t j = 0; j < lanes; ++j) above |= scores[from + j] > bar ? 1 : 0;
+    return above != 0;
+  };
+  constexpr int64_t kStep = 16;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    if (!any_above(i, Constant<kLanes>())) continue;
+    for (int64_t part = i; part < i + kLanes; part += kStep)
+      if (any_above(part, Constant<kStep>()))
+        for (int64_t j = 0; j < kStep; ++j) highest.enter(scores[part + j]);
+  }
+  for (; i < count; ++i) highest.enter(scores[i]);
+  return highest.scores[0];
+}
+
 // ---- tail of a code scan ------------------------------------------------------------------------
 
 // exp(logit - reference) of a head's scores, given as floats: see CodeTail.

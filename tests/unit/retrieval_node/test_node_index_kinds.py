@@ -129,7 +129,7 @@ def answer(kind: str, budget: str, scope: Span, data: Layer | None = None, **cha
     data = data or layer()
     rows = IndexRows(data.queries, 0, scope, Budget.parse(budget))
     index = built(kind)
-    return index.attend([replace(rows, **changes)], data.scale, want_selected=True)[0]
+    return index.attend([rows._replace(**changes)], data.scale, want_selected=True)[0]
 
 
 def assert_same(got: PartialAttention, expected: PartialAttention) -> None:

@@ -104,6 +104,23 @@ def test_the_tail_respects_the_softcap(tier):
     np.testing.assert_allclose(sums[0, 0], np.exp(logits - 3.0).sum(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("n", [1, 15, 64, 127, 128, 129, 1000, 8592])
+@pytest.mark.parametrize("distinct", [2, 30, 2**32 - 1], ids="{} values".format)
+def test_the_nth_highest_score_is_that_of_a_sorted_list(tier, n, distinct):
+    rng = np.random.default_rng(n)
+    scores = (rng.integers(0, distinct, n) - 2**31).astype(np.int32)
+    highest = np.sort(scores)[::-1]
+    for wanted in {1, 2, 16, 63, 64} & set(range(n + 1)):
+        assert _native.nth_highest(scores, wanted) == highest[wanted - 1]
+
+
+@pytest.mark.parametrize("wanted", [0, 65, 101])
+def test_more_of_the_highest_than_there_can_be_are_refused(tier, wanted):
+    scores = np.zeros(100 if wanted > 100 else 200, np.int32)
+    with pytest.raises(ValueError, match="wanted must be 1 to 64"):
+        _native.nth_highest(scores, wanted)
+
+
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 63, 64, 65, 200])
 @pytest.mark.parametrize("dims", [(40, 24), (13, 7)], ids=str)
 def test_encoding_rounds_and_clips_every_dimension(tier, n, dims):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from longreach.attention import merge, partial_attention
-from longreach.types import PartialAttention
+from longreach.types import Budget, PartialAttention
 from retrieval_node import kernel
 from retrieval_node.kernel import KernelRows, KvRows
 
@@ -189,6 +189,23 @@ def test_views_with_gaps_between_rows_and_heads_are_read_in_place(tier):
     queries = rng.standard_normal((2, 3, 2, 64), np.float32)
     [part] = kernel.attend_exact(keys, values, [KernelRows(queries, 0, 5, 60)], 0.5)
     assert_close(part, reference(queries, keys, values, 5, 60, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_queries_and_floors_need_not_be_dense_float32(dtype):
+    rng = np.random.default_rng(9)
+    keys, values = random_kv(rng, 3, 200, 64, 64, np.dtype(np.float32))
+    queries = rng.standard_normal((2, 64, 2, 6)).astype(dtype).transpose(0, 3, 2, 1)[:, ::2]
+    floor = rng.standard_normal((2, 6, 2)).astype(dtype)[:, ::2]
+    dense = [np.ascontiguousarray(each, np.float32) for each in (queries, floor)]
+    for budget in (Budget(exact=True), Budget(top_k=7), Budget(beta=2.0)):
+        given = KernelRows(queries, 0, 0, 200, budget, floor)
+        asked = KernelRows(dense[0], 0, 0, 200, budget, dense[1])
+        [answer], [expected] = (
+            kernel.attend_scope(keys, values, [rows], 0.5) for rows in (given, asked)
+        )
+        np.testing.assert_array_equal(answer.partial.output, expected.partial.output)
+        assert answer.figures[:4] == expected.figures[:4]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -54,8 +54,7 @@ class Forgetful(FlatIndex):
     ) -> list[IndexAnswer]:
         assert self._start % 2 == 0
         halves = [
-            replace(
-                rows,
+            rows._replace(
                 scope=Span(
                     max(0, -(-(rows.scope.start - self._start) // 2)),
                     max(0, -(-(rows.scope.stop - self._start) // 2)),
@@ -67,8 +66,7 @@ class Forgetful(FlatIndex):
         if not want_selected:
             return answers
         return [
-            replace(
-                each,
+            each._replace(
                 selected=[
                     [[2 * ids + self._start for ids in group] for group in row]
                     for row in each.selected
