@@ -36,7 +36,7 @@ from longreach.types import (
 )
 from retrieval_node.contexts import Context
 from retrieval_node.index.base import Index, IndexAnswer, IndexRows, LayerKv
-from retrieval_node.index.flat import attend_whole
+from retrieval_node.index.kernel_index import attend_whole
 from retrieval_node.integrity import is_finite
 from retrieval_node.sessions import Session
 

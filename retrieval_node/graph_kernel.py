@@ -130,7 +130,7 @@ def attend_graph(
 
     The query heads of a group search together over one visited set.
     """
-    parts = [kernel._empty(rows.queries, values.shape[-1]) for rows in batch]
+    entries = kernel.entries_of(batch, values.shape[-1])
     key_bits, value_bits, storage = kernel._storage(keys, values)
     sample_keys, sample_values, _ = kernel._storage(sample.keys, sample.values)
     results = _native.attend_graph(
@@ -140,10 +140,10 @@ def attend_graph(
         sample_keys,
         sample_values,
         graphs.native,
-        kernel._entries(batch, parts),
+        entries,
         scale,
         softcap,
         (width.beam, width.oversearch, sample.stride),
         want_selected,
     )
-    return kernel._answers(parts, results)
+    return kernel.answers_of(entries, results)

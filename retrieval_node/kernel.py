@@ -175,11 +175,9 @@ def attend_scope(
 
     Ties at a budget's edge go to the earlier key. Raises ValueError as `attend_exact` does.
     """
-    parts = [_empty(rows.queries, values.shape[-1]) for rows in batch]
-    results = _native.attend_scope(
-        *_storage(keys, values), _entries(batch, parts), scale, softcap, want_selected
-    )
-    return _answers(parts, results)
+    entries = entries_of(batch, values.shape[-1])
+    results = _native.attend_scope(*_storage(keys, values), entries, scale, softcap, want_selected)
+    return answers_of(entries, results)
 
 
 def attend_candidates(
@@ -198,15 +196,15 @@ def attend_candidates(
     head) are ids[offsets[i]:offsets[i + 1]] with i = row * heads + head, ascending, without
     repeats, within the scope. Every query head of the group is scored against all of them.
     """
-    parts = [_empty(rows.queries, values.shape[-1]) for rows in batch]
+    entries = entries_of(batch, values.shape[-1])
     given = [
         (np.ascontiguousarray(offsets, np.int64), np.ascontiguousarray(ids, np.int32))
         for offsets, ids in candidates
     ]
     results = _native.attend_candidates(
-        *_storage(keys, values), _entries(batch, parts), given, scale, softcap, want_selected
+        *_storage(keys, values), entries, given, scale, softcap, want_selected
     )
-    return _answers(parts, results)
+    return answers_of(entries, results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,9 +292,8 @@ class SketchLayer:
         found join the softmax (what was read exactly beats its estimate) and the others stand in
         by their codes and the mean value of their 64 keys.
         """
-        parts = [_empty(rows.queries, self._value_dim) for rows in batch]
-        results = self._attend(_entries(batch, parts), scale, softcap, want_selected)
-        return _answers(parts, results)
+        entries = entries_of(batch, self._value_dim)
+        return answers_of(entries, self._attend(entries, scale, softcap, want_selected))
 
 
 def _exact_entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention]) -> list[Any]:
@@ -309,20 +306,28 @@ def _exact_entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention
 # The module copies queries and floors that are not dense float32; outputs are made dense here.
 
 
-def _entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention]) -> list[Any]:
-    return [
-        (
-            rows.queries,
-            rows.kv_head_start,
-            rows.start,
-            rows.stop,
-            part.output,
-            part.lse,
-            _budget(rows.budget),
-            rows.logit_floor,
-        )
-        for rows, part in zip(batch, parts, strict=True)
-    ]
+# On the token path, plain loops: each function that is called costs cache misses.
+
+
+def entries_of(batch: Sequence[KernelRows], value_dim: int) -> list[Any]:
+    """Rows as the module reads them, with room for their output and LSE."""
+    entries = []
+    for queries, kv_head_start, start, stop, budget, floor in batch:
+        leading = queries.shape[:-1]
+        output, lse = np.empty((*leading, value_dim), np.float32), np.empty(leading, np.float32)
+        entries.append((queries, kv_head_start, start, stop, output, lse, _budget(budget), floor))
+    return entries
+
+
+def answers_of(entries: Sequence[Any], results: Any) -> list[BudgetedAnswer]:
+    """The answers that the module wrote into the entries, with its figures and its lists of kept
+    keys (none if none were wanted)."""
+    answers = []
+    for i, sums in enumerate(results[0]):
+        _, _, _, _, output, lse, _, _ = entries[i]
+        selected = results[1][i] if results[1] else None
+        answers.append(BudgetedAnswer(PartialAttention(output, lse), Figures(*sums), selected))
+    return answers
 
 
 def _budget(budget: Budget) -> tuple[int, int, float, int, int, float, bool]:
@@ -335,15 +340,6 @@ def _budget(budget: Budget) -> tuple[int, int, float, int, int, float, bool]:
     if budget.beta is not None:
         return 3, 0, 0.0, floor, ceiling, budget.beta, tail
     return 0, 0, 0.0, floor, ceiling, 0.0, tail
-
-
-def _answers(parts: Sequence[PartialAttention], results: Any) -> list[BudgetedAnswer]:
-    """Answers whose figures and lists of kept keys (empty if none were wanted) came back."""
-    figures, selected = results
-    return [
-        BudgetedAnswer(part, Figures(*sums), selected[i] if selected else None)
-        for i, (part, sums) in enumerate(zip(parts, figures, strict=True))
-    ]
 
 
 def _empty(queries: FloatArray, value_dim: int) -> PartialAttention:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,28 +16,28 @@ from retrieval_node.kernel import BudgetedAnswer, KernelRows
 
 def local_scope(rows: IndexRows, kv: LayerKv) -> Span:
     """The scope clipped to the positions held, counted from the first key held."""
-    return Span(*_local_bounds(rows, kv))
+    return Span(*_local_bounds(rows.scope, kv))
 
 
-def _local_bounds(rows: IndexRows, kv: LayerKv) -> tuple[int, int]:
+def _local_bounds(scope: Span, kv: LayerKv) -> tuple[int, int]:
     """`local_scope` as plain numbers, for the token path; (0, 0) when nothing is in scope."""
-    start = max(0, rows.scope.start - kv.start)
-    stop = min(kv.keys.shape[1], rows.scope.stop - kv.start)
+    start = max(0, scope.start - kv.start)
+    stop = min(kv.keys.shape[1], scope.stop - kv.start)
     return (start, stop) if start < stop else (0, 0)
 
 
-def call_kernel(
-    batch: Sequence[IndexRows],
-    kv: LayerKv,
-    call: Callable[[list[KernelRows]], list[BudgetedAnswer]],
-) -> list[BudgetedAnswer]:
-    """The kernel's answers to the same rows; InvalidRequest if they do not fit the keys or hold
-    NaN or infinity, which the kernel finds."""
-    try:
-        return call([kernel_rows(rows, kv) for rows in batch])
-    except ValueError:
-        explain_refusal(batch, kv)
-        raise
+class RowCosts(NamedTuple):
+    """Bytes read with a key row, with a value row, and with a value summary of a tail estimate."""
+
+    key: int
+    value: int
+    summary: int = 0
+
+    @classmethod
+    def of(cls, kv: LayerKv, summary: int = 0) -> RowCosts:
+        """Those of a layer's K and V."""
+        keys, values = kv.keys, kv.values
+        return cls(keys.shape[2] * keys.itemsize, values.shape[2] * values.itemsize, summary)
 
 
 def explain_refusal(batch: Iterable[IndexRows], kv: LayerKv) -> None:
@@ -48,8 +49,9 @@ def explain_refusal(batch: Iterable[IndexRows], kv: LayerKv) -> None:
 
 def kernel_rows(rows: IndexRows, kv: LayerKv) -> KernelRows:
     """The same rows, in keys counted from the first held. The kernel checks shapes and numbers."""
-    start, stop = _local_bounds(rows, kv)
-    return KernelRows(rows.queries, rows.kv_head_start, start, stop, rows.budget, rows.logit_floor)
+    queries, kv_head_start, scope, budget, floor = rows
+    start, stop = _local_bounds(scope, kv)
+    return KernelRows(queries, kv_head_start, start, stop, budget, floor)
 
 
 def check_rows(rows: IndexRows, kv: LayerKv) -> None:
@@ -70,9 +72,15 @@ def check_shapes(rows: IndexRows, kv: LayerKv) -> None:
         raise InvalidRequest(
             f"KV heads [{rows.kv_head_start}, {stop}) are not all among the {kv.kv_heads} held"
         )
-    if rows.logit_floor is not None and rows.logit_floor.shape != shape[:3]:
+    check_floor(rows)
+
+
+def check_floor(rows: IndexRows) -> None:
+    """Raise InvalidRequest unless there is no logit floor or it fits the queries."""
+    floor, shape = rows.logit_floor, rows.queries.shape[:3]
+    if floor is not None and floor.shape != shape:
         raise InvalidRequest(
-            f"logit_floor has shape {rows.logit_floor.shape}; expected {shape[:3]} as the queries"
+            f"logit_floor has shape {floor.shape}; expected {shape} as the queries"
         )
 
 
@@ -89,59 +97,30 @@ def work_in_scope(rows: IndexRows, kv: LayerKv) -> WorkFigures:
     return WorkFigures(keys_in_scope=pairs, keys_covered=pairs, bytes_in_scope=pairs * kv.row_bytes)
 
 
-def answer_by_budget(
-    batch: Sequence[IndexRows],
-    exact: Callable[[list[IndexRows]], list[IndexAnswer]],
-    budgeted: Callable[[list[IndexRows]], list[IndexAnswer]],
-) -> list[IndexAnswer]:
-    """Answers of `exact` for entries with an exact budget and of `budgeted` for the others, in the
-    batch's order; neither is called for no entries."""
-    for rows in batch:
-        if rows.budget.exact:
-            break
-    else:  # the token path, nearly always
-        return budgeted(list(batch)) if batch else []
-    answers: dict[int, IndexAnswer] = {}
-    for wants_exact, answer in ((True, exact), (False, budgeted)):
-        numbers = [i for i, rows in enumerate(batch) if rows.budget.exact == wants_exact]
-        if numbers:
-            answers.update(zip(numbers, answer([batch[i] for i in numbers]), strict=True))
-    return [answers[i] for i in range(len(batch))]
-
-
 def index_answer(
-    rows: IndexRows,
-    kv: LayerKv,
-    answer: BudgetedAnswer,
-    summary_bytes: int = 0,
+    rows: KernelRows, answer: BudgetedAnswer, costs: RowCosts, first: int
 ) -> IndexAnswer:
-    """The kernel's answer with its figures as work and its keys as positions.
-
-    `summary_bytes` is what one value summary of the tail estimate reads.
-    """
-    scanned, sketched, attended, tail_rows, code_bytes, search_ns, attend_ns = answer.figures
-    key_bytes = kv.keys.shape[2] * kv.keys.itemsize
-    row_bytes = key_bytes + kv.values.shape[2] * kv.values.itemsize
-    start, stop = _local_bounds(rows, kv)
-    pairs = rows.queries.shape[0] * rows.queries.shape[1] * (stop - start)
-    work = WorkFigures(
-        keys_in_scope=pairs,
-        keys_scanned=scanned,
-        keys_sketched=sketched,
-        keys_attended=attended,
-        bytes_read=scanned * key_bytes
-        + attended * (row_bytes - key_bytes)
-        + code_bytes
-        + tail_rows * summary_bytes,
-        bytes_in_scope=pairs * row_bytes,
-        keys_covered=pairs,
-    )
+    """The kernel's answer with its figures as work and its keys as positions, counted from the
+    first key's position `first`."""
+    partial, figures, selected = answer
+    scanned, sketched, attended, tail_rows, code_bytes, search_ns, attend_ns = figures
+    key, value, summary = costs
+    count, heads, group = partial.lse.shape
+    pairs = count * heads * (rows.stop - rows.start)
+    read = scanned * key + attended * value + tail_rows * summary + code_bytes
+    positions = None
+    if selected is not None:
+        lists = iter(selected)
+        positions = [
+            [[next(lists).astype(np.int64) + first for _ in range(group)] for _ in range(heads)]
+            for _ in range(count)
+        ]
     return IndexAnswer(
-        answer.partial,
-        work,
-        search_s=search_ns * 1e-9,
-        attend_s=attend_ns * 1e-9,
-        selected=_positions(rows.queries, answer.selected, kv.start),
+        partial,
+        WorkFigures(pairs, scanned, sketched, attended, read, pairs * (key + value), pairs),
+        search_ns * 1e-9,
+        attend_ns * 1e-9,
+        positions,
     )
 
 
@@ -150,16 +129,3 @@ def every_position(queries: FloatArray, scope: Span, start: int) -> list[list[li
     positions = np.arange(scope.start + start, scope.stop + start, dtype=np.int64)
     rows, heads, group, _ = queries.shape
     return [[[positions] * group for _ in range(heads)] for _ in range(rows)]
-
-
-def _positions(
-    queries: FloatArray, selected: list[np.ndarray] | None, start: int
-) -> list[list[list[np.ndarray]]] | None:
-    if selected is None:
-        return None
-    rows, heads, group, _ = queries.shape
-    lists = iter(selected)
-    return [
-        [[next(lists).astype(np.int64) + start for _ in range(group)] for _ in range(heads)]
-        for _ in range(rows)
-    ]

@@ -27,7 +27,13 @@ from retrieval_node.index.base import (
     LayerKv,
 )
 from retrieval_node.index.clusters import HeadClusters, LayerClusters, cluster_head
-from retrieval_node.index.kernel_rows import check_rows, index_answer, kernel_rows, local_scope
+from retrieval_node.index.kernel_rows import (
+    RowCosts,
+    check_rows,
+    index_answer,
+    kernel_rows,
+    local_scope,
+)
 from retrieval_node.index.search import Logits, first_width, flat_index
 
 OVERSEARCH = 32
@@ -150,7 +156,7 @@ class KmeansIndex(Index):
         if rows.budget.tail_estimate:
             tail = self._tail(rows, logits, sizes, kept)
             answer = answer._replace(partial=merge([answer.partial, tail]))
-        return self._reported(rows, answer, want_selected)
+        return self._reported(call, answer, want_selected)
 
     def _whole(self, rows: IndexRows, to_logits: Logits, want_selected: bool) -> IndexAnswer:
         return self._flat.attend(
@@ -179,12 +185,12 @@ class KmeansIndex(Index):
         return softmax_partial(weighted, values[None])
 
     def _reported(
-        self, rows: IndexRows, answer: kernel.BudgetedAnswer, want_selected: bool
+        self, rows: kernel.KernelRows, answer: kernel.BudgetedAnswer, want_selected: bool
     ) -> IndexAnswer:
         """The answer with centroids, and the tail's mean values, among the bytes read."""
         if not want_selected:
             answer = answer._replace(selected=None)
-        result = index_answer(rows, self._kv, answer)
+        result = index_answer(rows, answer, RowCosts.of(self._kv), self._kv.start)
         pairs = rows.queries.shape[0] * rows.queries.shape[1]
         row_bytes = self._clusters.centroids.shape[2] * 4
         if rows.budget.tail_estimate:

@@ -30,20 +30,17 @@ from retrieval_node.graph_kernel import (
 from retrieval_node.index.base import (
     INDEX_KINDS,
     BuildControl,
-    Index,
-    IndexAnswer,
-    IndexRows,
     LayerKv,
 )
 from retrieval_node.index.faiss_kind import centred_keys
-from retrieval_node.index.kernel_rows import answer_by_budget, call_kernel, index_answer
+from retrieval_node.index.kernel_index import KernelIndex
 from retrieval_node.index.roargraph_build import (
     SHAPE,
     exact_neighbours,
     group_queries,
     training_queries,
 )
-from retrieval_node.index.search import flat_index
+from retrieval_node.kernel import BudgetedAnswer, KernelRows
 
 SEARCH_BEAM = 100
 """Least beam (L) of a search, per query head."""
@@ -58,7 +55,7 @@ SAMPLE_STRIDE = 64
 
 
 @INDEX_KINDS.register("roargraph")
-class RoarGraphIndex(Index):
+class RoarGraphIndex(KernelIndex):
     """One projected bipartite graph per KV head, searched and attended in native code."""
 
     kind: ClassVar[str] = "roargraph"
@@ -72,8 +69,8 @@ class RoarGraphIndex(Index):
         graphs: Sequence[KeyGraph],
         width: SearchWidth = DEFAULT_WIDTH,
     ) -> None:
-        self._kv = kv
-        self._flat = flat_index(kv)
+        # What stands for unread keys are sampled keys with their values.
+        super().__init__(kv, summary_bytes=kv.values.shape[2] * kv.values.itemsize)
         self._graphs = LayerGraphs(graphs, len(kv.positions))
         self._sample = KeySample.of(kv.keys, kv.values, SAMPLE_STRIDE)
         self._width = width
@@ -96,48 +93,24 @@ class RoarGraphIndex(Index):
         """The same graphs searched with another beam."""
         return RoarGraphIndex(self._kv, self._graphs.graphs, width)
 
-    def attend(
-        self,
-        batch: Sequence[IndexRows],
-        scale: float,
-        softcap: float = 0.0,
-        *,
-        want_selected: bool = False,
-    ) -> list[IndexAnswer]:
-        """See Index.attend: one kernel call for all entries but exact ones.
+    def attend_budgeted(
+        self, asked: list[KernelRows], scale: float, softcap: float, want_selected: bool
+    ) -> list[BudgetedAnswer]:
+        """See KernelIndex.attend_budgeted.
 
-        Rows whose scope costs less to read than to search are read whole inside that call.
+        Rows whose scope costs less to read than to search are read whole inside the call.
         """
-        return answer_by_budget(
-            batch,
-            lambda rows: self._flat.attend(rows, scale, softcap, want_selected=want_selected),
-            lambda rows: self._search(rows, scale, softcap, want_selected),
+        return attend_graph(
+            self._kv.keys,
+            self._kv.values,
+            self._sample,
+            self._graphs,
+            self._width,
+            asked,
+            scale,
+            softcap,
+            want_selected=want_selected,
         )
-
-    def _search(
-        self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool
-    ) -> list[IndexAnswer]:
-        kv = self._kv
-        answers = call_kernel(
-            batch,
-            kv,
-            lambda rows: attend_graph(
-                kv.keys,
-                kv.values,
-                self._sample,
-                self._graphs,
-                self._width,
-                rows,
-                scale,
-                softcap,
-                want_selected=want_selected,
-            ),
-        )
-        value_bytes = kv.values.shape[2] * kv.values.itemsize
-        return [
-            index_answer(rows, kv, answer, summary_bytes=value_bytes)
-            for rows, answer in zip(batch, answers, strict=True)
-        ]
 
     @property
     def index_bytes(self) -> int:

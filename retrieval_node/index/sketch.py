@@ -23,22 +23,18 @@ from retrieval_node import kernel
 from retrieval_node.index.base import (
     INDEX_KINDS,
     BuildControl,
-    Index,
-    IndexAnswer,
-    IndexRows,
     LayerKv,
 )
-from retrieval_node.index.flat import FlatIndex
-from retrieval_node.index.kernel_rows import answer_by_budget, call_kernel, index_answer
+from retrieval_node.index.kernel_index import KernelIndex
 from retrieval_node.index.sketch_fit import fit_sketch
-from retrieval_node.kernel import SketchCode, SketchLayer
+from retrieval_node.kernel import BudgetedAnswer, KernelRows, SketchCode, SketchLayer
 
 SUMMARY_BYTES = 2
 """Bytes of one element of a value summary (bfloat16)."""
 
 
 @INDEX_KINDS.register("sketch")
-class SketchIndex(Index):
+class SketchIndex(KernelIndex):
     """Query-whitened codes of all keys, an exact second look at a few, an estimate of the rest."""
 
     kind: ClassVar[str] = "sketch"
@@ -46,10 +42,9 @@ class SketchIndex(Index):
     """Raise it when codes, summaries or the model of SketchCode change their layout or meaning."""
 
     def __init__(self, kv: LayerKv, heads: Sequence[SketchCode]) -> None:
-        self._kv = kv
+        super().__init__(kv, summary_bytes=kv.values.shape[2] * SUMMARY_BYTES)
         self._heads = tuple(heads)
         self._layer = SketchLayer(kv.keys, kv.values, heads)
-        self._flat = FlatIndex(kv)
 
     @classmethod
     def build(cls, kv: LayerKv, sample: QuerySample | None, control: BuildControl) -> SketchIndex:
@@ -68,20 +63,11 @@ class SketchIndex(Index):
             control.progress(head + 1, kv.kv_heads)
         return cls(kv, heads)
 
-    def attend(
-        self,
-        batch: Sequence[IndexRows],
-        scale: float,
-        softcap: float = 0.0,
-        *,
-        want_selected: bool = False,
-    ) -> list[IndexAnswer]:
-        """See Index.attend. Exact budgets are answered by `flat`."""
-        return answer_by_budget(
-            batch,
-            lambda rows: self._flat.attend(rows, scale, softcap, want_selected=want_selected),
-            lambda rows: self._search(rows, scale, softcap, want_selected),
-        )
+    def attend_budgeted(
+        self, asked: list[KernelRows], scale: float, softcap: float, want_selected: bool
+    ) -> list[BudgetedAnswer]:
+        """See KernelIndex.attend_budgeted."""
+        return self._layer.attend(asked, scale, softcap, want_selected=want_selected)
 
     @property
     def index_bytes(self) -> int:
@@ -113,21 +99,6 @@ class SketchIndex(Index):
         for head in heads:
             _check_sizes(head, kv)
         return cls(kv, heads)
-
-    def _search(
-        self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool
-    ) -> list[IndexAnswer]:
-        kv = self._kv
-        answers = call_kernel(
-            batch,
-            kv,
-            lambda rows: self._layer.attend(rows, scale, softcap, want_selected=want_selected),
-        )
-        summary_bytes = kv.values.shape[2] * SUMMARY_BYTES
-        return [
-            index_answer(rows, kv, answer, summary_bytes)
-            for rows, answer in zip(batch, answers, strict=True)
-        ]
 
 
 def _check_sizes(head: SketchCode, kv: LayerKv) -> None:

@@ -208,9 +208,10 @@ def test_nan_keys_poison_the_answer_instead_of_crashing_the_selection(tier):
         ),
     ],
 )
-def test_rows_that_do_not_fit_are_refused_by_name(change, message):
+@pytest.mark.parametrize("budget", [Budget(exact=True), Budget(top_k=5)], ids=str)
+def test_rows_that_do_not_fit_are_refused_by_name(change, message, budget):
     kv = make_kv()
-    rows = make_rows(kv, Budget(exact=True), Span(START, START + 600))
+    rows = make_rows(kv, budget, Span(START, START + 600))
     with pytest.raises(InvalidRequest, match=message):
         flat(kv).attend([change(rows)], SCALE)
 
