@@ -43,9 +43,8 @@ BudgetedBatch::BudgetedBatch(const LayerKv& kv, const std::vector<BudgetedEntry>
     const size_t pairs = static_cast<size_t>(rows.rows) * rows.heads;
     figures_[i].resize(pairs);
     if (floor) {
-      require(floor->ndim() == 3 && static_cast<int64_t>(floor->shape(0)) == rows.rows &&
-                  static_cast<int>(floor->shape(1)) == rows.heads &&
-                  static_cast<int>(floor->shape(2)) == rows.group,
+      require(floor->ndim() == 3 && floor->shape(0) == rows.rows && floor->shape(1) == rows.heads &&
+                  floor->shape(2) == rows.group,
               "logit_floor must be [rows, heads, group]");
       for (size_t j = 0; j < floor->size(); ++j)
         require(!std::isnan(floor->data()[j]), "logit_floor holds NaN");

@@ -63,7 +63,7 @@ AttentionRows rows_view(const LayerKv& kv, const FloatsIn& queries, int64_t head
                         const FloatsOut& lse) {
   require(queries.ndim() == 4, "queries need 4 axes [rows, heads, group, head_dim]");
   const int64_t rows = queries.shape(0), heads = queries.shape(1), group = queries.shape(2);
-  require(static_cast<int>(queries.shape(3)) == kv.keys.dim,
+  require(queries.shape(3) == kv.keys.dim,
           "queries have head_dim " + std::to_string(queries.shape(3)) + " and keys have " +
               std::to_string(kv.keys.dim));
   require(head_start >= 0 && heads <= kv.kv_heads && head_start <= kv.kv_heads - heads,
@@ -74,10 +74,8 @@ AttentionRows rows_view(const LayerKv& kv, const FloatsIn& queries, int64_t head
               std::to_string(kv.count) + " keys held");
   const auto matches = [&](const auto& array, int64_t last) {
     if (array.ndim() != (last ? 4u : 3u)) return false;
-    return static_cast<int64_t>(array.shape(0)) == rows &&
-           static_cast<int64_t>(array.shape(1)) == heads &&
-           static_cast<int64_t>(array.shape(2)) == group &&
-           (!last || static_cast<int64_t>(array.shape(3)) == last);
+    return array.shape(0) == rows && array.shape(1) == heads && array.shape(2) == group &&
+           (!last || array.shape(3) == last);
   };
   require(matches(output, kv.values.dim), "output must be [rows, heads, group, value_dim]");
   require(matches(lse, 0), "lse must be [rows, heads, group]");

@@ -10,6 +10,7 @@
 
 #include <string>
 
+#include "bind_floats.h"
 #include "exact.h"
 #include "storage.h"
 
@@ -19,9 +20,6 @@ namespace nb = nanobind;
 
 // Any CPU array, read only.
 using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
-// Dense float32 arrays.
-using FloatsIn = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
-using FloatsOut = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 
 // "float32", "float16" or "bfloat16"; the latter two arrive as arrays of uint16.
 Storage storage_named(const std::string& name);
