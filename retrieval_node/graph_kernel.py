@@ -10,7 +10,7 @@ import numpy as np
 
 from longreach.types import BFLOAT16, IntArray, StorageArray
 from retrieval_node import kernel
-from retrieval_node.kernel import BudgetedAnswer, KernelRows
+from retrieval_node.kernel import Entry, Results
 
 _native: Any = kernel._native  # type: ignore[attr-defined]
 
@@ -120,20 +120,18 @@ def attend_graph(
     sample: KeySample,
     graphs: LayerGraphs,
     width: SearchWidth,
-    batch: Sequence[KernelRows],
+    entries: Sequence[Entry],
     scale: float,
     softcap: float = 0.0,
-    *,
     want_selected: bool = False,
-) -> list[BudgetedAnswer]:
+) -> Results:
     """Each entry's budget over the keys that searching the graphs finds; see kernel.attend_scope.
 
     The query heads of a group search together over one visited set.
     """
-    entries = kernel.entries_of(batch, values.shape[-1])
     key_bits, value_bits, storage = kernel._storage(keys, values)
     sample_keys, sample_values, _ = kernel._storage(sample.keys, sample.values)
-    results = _native.attend_graph(
+    results: Results = _native.attend_graph(
         key_bits,
         value_bits,
         storage,
@@ -146,4 +144,4 @@ def attend_graph(
         (width.beam, width.oversearch, sample.stride),
         want_selected,
     )
-    return kernel.answers_of(entries, results)
+    return results

@@ -13,7 +13,7 @@ to make, and more so with cold caches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,13 +83,26 @@ class Figures(NamedTuple):
     """Nanoseconds of the threads that ran it."""
 
 
-class BudgetedAnswer(NamedTuple):
-    """Partial attention under a budget, its figures, and, when asked for, the kept keys (counted
-    from the first) of each (row, head, query head), flattened."""
+class Entry(NamedTuple):
+    """Rows under a budget as the module reads them, with room for their answer.
 
-    partial: PartialAttention
-    figures: Figures
-    selected: list[np.ndarray] | None = None
+    output [rows, heads, group, value_dim] and lse [rows, heads, group] float32 are filled in; the
+    module copies queries and floors that are not dense float32.
+    """
+
+    queries: FloatArray
+    kv_head_start: int
+    start: int
+    stop: int
+    output: FloatArray
+    lse: FloatArray
+    budget: tuple[int, int, float, int, int, float, bool]
+    logit_floor: FloatArray | None
+
+
+Results = tuple[list[tuple[int, ...]], list[list[np.ndarray]]]
+"""What a call tells of its entries beside their answers: the Figures of each, and, when they are
+wanted, the kept keys (counted from the first) of each (row, head, query head), flattened."""
 
 
 def isa() -> str:
@@ -162,49 +175,63 @@ def attend_exact_pairs(
     return answers
 
 
+def entry(
+    queries: FloatArray,
+    kv_head_start: int,
+    start: int,
+    stop: int,
+    budget: Budget,
+    logit_floor: FloatArray | None,
+    value_dim: int,
+) -> Entry:
+    """An entry for rows given as in KernelRows."""
+    leading = queries.shape[:-1]
+    output, lse = np.empty((*leading, value_dim), np.float32), np.empty(leading, np.float32)
+    flat = _budget(budget)
+    return Entry(queries, kv_head_start, start, stop, output, lse, flat, logit_floor)
+
+
 def attend_scope(
     keys: StorageArray,
     values: StorageArray,
-    batch: Sequence[KernelRows],
+    entries: Sequence[Entry],
     scale: float,
     softcap: float = 0.0,
-    *,
     want_selected: bool = False,
-) -> list[BudgetedAnswer]:
+) -> Results:
     """Each entry's budget over every key of its scope: the exact answer to the budget.
 
     Ties at a budget's edge go to the earlier key. Raises ValueError as `attend_exact` does.
     """
-    entries = entries_of(batch, values.shape[-1])
-    results = _native.attend_scope(*_storage(keys, values), entries, scale, softcap, want_selected)
-    return answers_of(entries, results)
+    results: Results = _native.attend_scope(
+        *_storage(keys, values), entries, scale, softcap, want_selected
+    )
+    return results
 
 
 def attend_candidates(
     keys: StorageArray,
     values: StorageArray,
-    batch: Sequence[KernelRows],
+    entries: Sequence[Entry],
     candidates: Sequence[tuple[IntArray, np.ndarray]],
     scale: float,
     softcap: float = 0.0,
-    *,
     want_selected: bool = False,
-) -> list[BudgetedAnswer]:
+) -> Results:
     """Each entry's budget over the keys a search proposed for each (row, head).
 
     `candidates` holds, per entry, offsets [rows * heads + 1] int64 and ids int32: those of (row,
     head) are ids[offsets[i]:offsets[i + 1]] with i = row * heads + head, ascending, without
     repeats, within the scope. Every query head of the group is scored against all of them.
     """
-    entries = entries_of(batch, values.shape[-1])
     given = [
         (np.ascontiguousarray(offsets, np.int64), np.ascontiguousarray(ids, np.int32))
         for offsets, ids in candidates
     ]
-    results = _native.attend_candidates(
+    results: Results = _native.attend_candidates(
         *_storage(keys, values), entries, given, scale, softcap, want_selected
     )
-    return answers_of(entries, results)
+    return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,32 +295,21 @@ def encode_sketch(
 class SketchLayer:
     """K, V and the sketches of a layer's KV heads, handed to the module once.
 
-    A call on the token path comes with cold caches, where every Python object touched counts.
+    `attend(entries, scale, softcap, want_selected)` answers each entry's budget over the keys that
+    the sketches find; they are scored exactly before the budget applies. With a tail estimate, all
+    keys found join the softmax (what was read exactly beats its estimate) and the others stand in
+    by their codes and the mean value of their 64 keys.
     """
+
+    attend: Callable[[Sequence[Entry], float, float, bool], Results]
+    """The module's own method: a call on the token path comes with cold caches, where every Python
+    object touched counts."""
 
     def __init__(
         self, keys: StorageArray, values: StorageArray, heads: Sequence[SketchCode]
     ) -> None:
-        self._value_dim = values.shape[-1]
         codes = [(head.eight, head.four, head.codes, head.summaries, head.model) for head in heads]
-        self._attend = _native.SketchLayer(*_storage(keys, values), codes).attend
-
-    def attend(
-        self,
-        batch: Sequence[KernelRows],
-        scale: float,
-        softcap: float = 0.0,
-        *,
-        want_selected: bool = False,
-    ) -> list[BudgetedAnswer]:
-        """Each entry's budget over the keys that the sketches find.
-
-        The keys found are scored exactly before the budget applies. With a tail estimate, all keys
-        found join the softmax (what was read exactly beats its estimate) and the others stand in
-        by their codes and the mean value of their 64 keys.
-        """
-        entries = entries_of(batch, self._value_dim)
-        return answers_of(entries, self._attend(entries, scale, softcap, want_selected))
+        self.attend = _native.SketchLayer(*_storage(keys, values), codes).attend
 
 
 def _exact_entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention]) -> list[Any]:
@@ -301,33 +317,6 @@ def _exact_entries(batch: Sequence[KernelRows], parts: Sequence[PartialAttention
         (rows.queries, rows.kv_head_start, rows.start, rows.stop, part.output, part.lse)
         for rows, part in zip(batch, parts, strict=True)
     ]
-
-
-# The module copies queries and floors that are not dense float32; outputs are made dense here.
-
-
-# On the token path, plain loops: each function that is called costs cache misses.
-
-
-def entries_of(batch: Sequence[KernelRows], value_dim: int) -> list[Any]:
-    """Rows as the module reads them, with room for their output and LSE."""
-    entries = []
-    for queries, kv_head_start, start, stop, budget, floor in batch:
-        leading = queries.shape[:-1]
-        output, lse = np.empty((*leading, value_dim), np.float32), np.empty(leading, np.float32)
-        entries.append((queries, kv_head_start, start, stop, output, lse, _budget(budget), floor))
-    return entries
-
-
-def answers_of(entries: Sequence[Any], results: Any) -> list[BudgetedAnswer]:
-    """The answers that the module wrote into the entries, with its figures and its lists of kept
-    keys (none if none were wanted)."""
-    answers = []
-    for i, sums in enumerate(results[0]):
-        _, _, _, _, output, lse, _, _ = entries[i]
-        selected = results[1][i] if results[1] else None
-        answers.append(BudgetedAnswer(PartialAttention(output, lse), Figures(*sums), selected))
-    return answers
 
 
 def _budget(budget: Budget) -> tuple[int, int, float, int, int, float, bool]:

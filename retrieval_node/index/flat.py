@@ -38,9 +38,9 @@ class FlatIndex(KernelIndex):
         """Nothing beside K and V."""
         return 0
 
-    def attend_budgeted(
-        self, asked: list[kernel.KernelRows], scale: float, softcap: float, want_selected: bool
-    ) -> list[kernel.BudgetedAnswer]:
-        """See KernelIndex.attend_budgeted."""
+    def attend_entries(
+        self, entries: list[kernel.Entry], scale: float, softcap: float, want_selected: bool
+    ) -> kernel.Results:
+        """See KernelIndex.attend_entries."""
         keys, values = self._kv.keys, self._kv.values
-        return kernel.attend_scope(keys, values, asked, scale, softcap, want_selected=want_selected)
+        return kernel.attend_scope(keys, values, entries, scale, softcap, want_selected)

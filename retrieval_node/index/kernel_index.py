@@ -17,7 +17,9 @@ from retrieval_node.index.kernel_rows import (
     explain_refusal,
     index_answer,
     kernel_rows,
+    local_bounds,
     local_scope,
+    positions_of,
     work_in_scope,
 )
 
@@ -33,9 +35,9 @@ class KernelIndex(Index):
         self._costs = RowCosts.of(kv, summary_bytes)
 
     @abstractmethod
-    def attend_budgeted(
-        self, asked: list[kernel.KernelRows], scale: float, softcap: float, want_selected: bool
-    ) -> list[kernel.BudgetedAnswer]:
+    def attend_entries(
+        self, entries: list[kernel.Entry], scale: float, softcap: float, want_selected: bool
+    ) -> kernel.Results:
         """The kernel call; ValueError when rows do not fit the keys or hold NaN or infinity."""
 
     def attend(
@@ -55,17 +57,27 @@ class KernelIndex(Index):
     def _budgeted(
         self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool
     ) -> list[IndexAnswer]:
-        kv, costs = self._kv, self._costs
-        asked = [kernel_rows(rows, kv) for rows in batch]
+        kv, value_dim = self._kv, self._kv.values.shape[2]
+        entries = []  # a plain loop: on the token path each function called costs cache misses
+        for queries, kv_head_start, scope, budget, floor in batch:
+            start, stop = local_bounds(scope, kv)
+            entries.append(
+                kernel.entry(queries, kv_head_start, start, stop, budget, floor, value_dim)
+            )
         try:
-            answers = self.attend_budgeted(asked, scale, softcap, want_selected)
+            figures, selected = self.attend_entries(entries, scale, softcap, want_selected)
         except ValueError:
             explain_refusal(batch, kv)
             raise
-        return [
-            index_answer(rows, answer, costs, kv.start)
-            for rows, answer in zip(asked, answers, strict=True)
-        ]
+        answers = []
+        for entry, sums in zip(entries, figures, strict=True):
+            answers.append(index_answer(entry, sums, self._costs))
+        if want_selected:
+            return [
+                answer._replace(selected=positions_of(lists, answer.partial.lse.shape, kv.start))
+                for answer, lists in zip(answers, selected, strict=True)
+            ]
+        return answers
 
     def _mixed(
         self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool

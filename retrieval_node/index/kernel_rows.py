@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from longreach.errors import InvalidRequest
-from longreach.types import FloatArray, IntArray, Span, WorkFigures
+from longreach.types import FloatArray, IntArray, PartialAttention, Span, WorkFigures
 from retrieval_node.index.base import IndexAnswer, IndexRows, LayerKv
-from retrieval_node.kernel import BudgetedAnswer, KernelRows
+from retrieval_node.kernel import Entry, KernelRows, entry
 
 
 def local_scope(rows: IndexRows, kv: LayerKv) -> Span:
     """The scope clipped to the positions held, counted from the first key held."""
-    return Span(*_local_bounds(rows.scope, kv))
+    return Span(*local_bounds(rows.scope, kv))
 
 
-def _local_bounds(scope: Span, kv: LayerKv) -> tuple[int, int]:
+def local_bounds(scope: Span, kv: LayerKv) -> tuple[int, int]:
     """`local_scope` as plain numbers, for the token path; (0, 0) when nothing is in scope."""
     start = max(0, scope.start - kv.start)
     stop = min(kv.keys.shape[1], scope.stop - kv.start)
@@ -50,8 +50,13 @@ def explain_refusal(batch: Iterable[IndexRows], kv: LayerKv) -> None:
 def kernel_rows(rows: IndexRows, kv: LayerKv) -> KernelRows:
     """The same rows, in keys counted from the first held. The kernel checks shapes and numbers."""
     queries, kv_head_start, scope, budget, floor = rows
-    start, stop = _local_bounds(scope, kv)
+    start, stop = local_bounds(scope, kv)
     return KernelRows(queries, kv_head_start, start, stop, budget, floor)
+
+
+def kernel_entry(rows: IndexRows, kv: LayerKv) -> Entry:
+    """The same rows with a budget and room for their answer."""
+    return entry(*kernel_rows(rows, kv), kv.values.shape[2])
 
 
 def check_rows(rows: IndexRows, kv: LayerKv) -> None:
@@ -97,31 +102,33 @@ def work_in_scope(rows: IndexRows, kv: LayerKv) -> WorkFigures:
     return WorkFigures(keys_in_scope=pairs, keys_covered=pairs, bytes_in_scope=pairs * kv.row_bytes)
 
 
-def index_answer(
-    rows: KernelRows, answer: BudgetedAnswer, costs: RowCosts, first: int
-) -> IndexAnswer:
-    """The kernel's answer with its figures as work and its keys as positions, counted from the
-    first key's position `first`."""
-    partial, figures, selected = answer
+def index_answer(entry: Entry, figures: tuple[int, ...], costs: RowCosts) -> IndexAnswer:
+    """The kernel's answer with its figures as work."""
     scanned, sketched, attended, tail_rows, code_bytes, search_ns, attend_ns = figures
     key, value, summary = costs
-    count, heads, group = partial.lse.shape
-    pairs = count * heads * (rows.stop - rows.start)
+    _, _, start, stop, output, lse, _, _ = entry
+    count, heads, _ = lse.shape
+    pairs = count * heads * (stop - start)
     read = scanned * key + attended * value + tail_rows * summary + code_bytes
-    positions = None
-    if selected is not None:
-        lists = iter(selected)
-        positions = [
-            [[next(lists).astype(np.int64) + first for _ in range(group)] for _ in range(heads)]
-            for _ in range(count)
-        ]
     return IndexAnswer(
-        partial,
+        PartialAttention(output, lse),
         WorkFigures(pairs, scanned, sketched, attended, read, pairs * (key + value), pairs),
         search_ns * 1e-9,
         attend_ns * 1e-9,
-        positions,
     )
+
+
+def positions_of(
+    selected: Iterable[np.ndarray], shape: Sequence[int], first: int
+) -> list[list[list[IntArray]]]:
+    """`selected` of an answer from the kernel's lists of keys for [rows, heads, group]; `first` is
+    the position of the first key."""
+    rows, heads, group = shape
+    lists = iter(selected)
+    return [
+        [[next(lists).astype(np.int64) + first for _ in range(group)] for _ in range(heads)]
+        for _ in range(rows)
+    ]
 
 
 def every_position(queries: FloatArray, scope: Span, start: int) -> list[list[list[IntArray]]]:

@@ -31,8 +31,9 @@ from retrieval_node.index.kernel_rows import (
     RowCosts,
     check_rows,
     index_answer,
-    kernel_rows,
+    kernel_entry,
     local_scope,
+    positions_of,
 )
 from retrieval_node.index.search import Logits, first_width, flat_index
 
@@ -130,33 +131,35 @@ class KmeansIndex(Index):
         if rows.budget.exact or wanted > READ_ALL_SHARE * len(scope):
             return self._whole(rows, to_logits, want_selected)
         check_rows(rows, self._kv)
-        call = kernel_rows(rows, self._kv)
+        kv, entry = self._kv, kernel_entry(rows, self._kv)
         logits = self._centroid_logits(rows, to_logits)
         sizes = self._sizes(scope)[rows.kv_head_start : rows.kv_head_start + rows.queries.shape[1]]
         while True:
             candidates = self._clusters.members(
                 _nearest(logits, sizes, wanted), rows.kv_head_start, scope
             )
-            answer = kernel.attend_candidates(
-                self._kv.keys,
-                self._kv.values,
-                [call],
+            [figures], [kept] = kernel.attend_candidates(
+                kv.keys,
+                kv.values,
+                [entry],
                 [candidates],
                 to_logits.scale,
                 to_logits.softcap,
                 want_selected=True,
-            )[0]
-            kept = answer.selected or []
+            )
             most = max((len(each) for each in kept), default=0)
             if rows.budget.top_k is not None or most * OVERSEARCH <= wanted:
                 break
             wanted *= WIDEN
             if wanted > READ_ALL_SHARE * len(scope):
                 return self._whole(rows, to_logits, want_selected)
+        answer = self._with_centroids_read(rows, index_answer(entry, figures, RowCosts.of(kv)))
         if rows.budget.tail_estimate:
             tail = self._tail(rows, logits, sizes, kept)
             answer = answer._replace(partial=merge([answer.partial, tail]))
-        return self._reported(call, answer, want_selected)
+        if want_selected:
+            answer = answer._replace(selected=positions_of(kept, entry.lse.shape, kv.start))
+        return answer
 
     def _whole(self, rows: IndexRows, to_logits: Logits, want_selected: bool) -> IndexAnswer:
         return self._flat.attend(
@@ -184,19 +187,14 @@ class KmeansIndex(Index):
         values = self._clusters.mean_values[rows.kv_head_start : rows.kv_head_start + heads]
         return softmax_partial(weighted, values[None])
 
-    def _reported(
-        self, rows: kernel.KernelRows, answer: kernel.BudgetedAnswer, want_selected: bool
-    ) -> IndexAnswer:
+    def _with_centroids_read(self, rows: IndexRows, answer: IndexAnswer) -> IndexAnswer:
         """The answer with centroids, and the tail's mean values, among the bytes read."""
-        if not want_selected:
-            answer = answer._replace(selected=None)
-        result = index_answer(rows, answer, RowCosts.of(self._kv), self._kv.start)
         pairs = rows.queries.shape[0] * rows.queries.shape[1]
         row_bytes = self._clusters.centroids.shape[2] * 4
         if rows.budget.tail_estimate:
             row_bytes += self._clusters.mean_values.shape[2] * 4
-        read = result.work.bytes_read + pairs * self._clusters.per_head * row_bytes
-        return result._replace(work=replace(result.work, bytes_read=read))
+        read = answer.work.bytes_read + pairs * self._clusters.per_head * row_bytes
+        return answer._replace(work=replace(answer.work, bytes_read=read))
 
 
 def _nearest(logits: FloatArray, sizes: IntArray, wanted: int) -> np.ndarray:

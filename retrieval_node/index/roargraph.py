@@ -40,7 +40,7 @@ from retrieval_node.index.roargraph_build import (
     group_queries,
     training_queries,
 )
-from retrieval_node.kernel import BudgetedAnswer, KernelRows
+from retrieval_node.kernel import Entry, Results
 
 SEARCH_BEAM = 100
 """Least beam (L) of a search, per query head."""
@@ -93,10 +93,10 @@ class RoarGraphIndex(KernelIndex):
         """The same graphs searched with another beam."""
         return RoarGraphIndex(self._kv, self._graphs.graphs, width)
 
-    def attend_budgeted(
-        self, asked: list[KernelRows], scale: float, softcap: float, want_selected: bool
-    ) -> list[BudgetedAnswer]:
-        """See KernelIndex.attend_budgeted.
+    def attend_entries(
+        self, entries: list[Entry], scale: float, softcap: float, want_selected: bool
+    ) -> Results:
+        """See KernelIndex.attend_entries.
 
         Rows whose scope costs less to read than to search are read whole inside the call.
         """
@@ -106,10 +106,10 @@ class RoarGraphIndex(KernelIndex):
             self._sample,
             self._graphs,
             self._width,
-            asked,
+            entries,
             scale,
             softcap,
-            want_selected=want_selected,
+            want_selected,
         )
 
     @property

@@ -27,7 +27,7 @@ from retrieval_node.index.base import (
 )
 from retrieval_node.index.kernel_index import KernelIndex
 from retrieval_node.index.sketch_fit import fit_sketch
-from retrieval_node.kernel import BudgetedAnswer, KernelRows, SketchCode, SketchLayer
+from retrieval_node.kernel import Entry, Results, SketchCode, SketchLayer
 
 SUMMARY_BYTES = 2
 """Bytes of one element of a value summary (bfloat16)."""
@@ -63,11 +63,11 @@ class SketchIndex(KernelIndex):
             control.progress(head + 1, kv.kv_heads)
         return cls(kv, heads)
 
-    def attend_budgeted(
-        self, asked: list[KernelRows], scale: float, softcap: float, want_selected: bool
-    ) -> list[BudgetedAnswer]:
-        """See KernelIndex.attend_budgeted."""
-        return self._layer.attend(asked, scale, softcap, want_selected=want_selected)
+    def attend_entries(
+        self, entries: list[Entry], scale: float, softcap: float, want_selected: bool
+    ) -> Results:
+        """See KernelIndex.attend_entries."""
+        return self._layer.attend(entries, scale, softcap, want_selected)
 
     @property
     def index_bytes(self) -> int:

@@ -199,13 +199,13 @@ def test_queries_and_floors_need_not_be_dense_float32(dtype):
     floor = rng.standard_normal((2, 6, 2)).astype(dtype)[:, ::2]
     dense = [np.ascontiguousarray(each, np.float32) for each in (queries, floor)]
     for budget in (Budget(exact=True), Budget(top_k=7), Budget(beta=2.0)):
-        given = KernelRows(queries, 0, 0, 200, budget, floor)
-        asked = KernelRows(dense[0], 0, 0, 200, budget, dense[1])
-        [answer], [expected] = (
-            kernel.attend_scope(keys, values, [rows], 0.5) for rows in (given, asked)
-        )
-        np.testing.assert_array_equal(answer.partial.output, expected.partial.output)
-        assert answer.figures[:4] == expected.figures[:4]
+        entries = [
+            kernel.entry(q, 0, 0, 200, budget, lowest, 64)
+            for q, lowest in ((queries, floor), dense)
+        ]
+        figures, _ = kernel.attend_scope(keys, values, entries, 0.5)
+        np.testing.assert_array_equal(entries[0].output, entries[1].output)
+        assert figures[0][:4] == figures[1][:4]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

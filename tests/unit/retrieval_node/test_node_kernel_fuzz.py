@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longreach.types import Budget
+from longreach.types import Budget, PartialAttention
 from retrieval_node import kernel
 from retrieval_node.index.sketch_fit import fit_sketch
 from retrieval_node.kernel import KernelRows, KvRows
@@ -90,13 +90,20 @@ def batches(draw, keys):
     return batch
 
 
+def answered(call, batch, value_dim):
+    """What a kernel that takes entries answers to the rows."""
+    entries = [kernel.entry(*rows, value_dim) for rows in batch]
+    figures, _ = call(entries)
+    assert len(figures) == len(entries)
+    return [PartialAttention(entry.output, entry.lse) for entry in entries]
+
+
 def answers_or_value_error(call, batch):
     try:
         answers = call()
     except ValueError:
         return
-    for rows, answer in zip(batch, answers, strict=True):
-        partial = getattr(answer, "partial", answer)
+    for rows, partial in zip(batch, answers, strict=True):
         assert partial.lse.shape == rows.queries.shape[:3]
         assert partial.output.shape[:3] == rows.queries.shape[:3]
         seen = np.isfinite(partial.lse)
@@ -145,7 +152,11 @@ def test_budgeted_attention_answers_or_refuses(data):
     batch = data.draw(batches(keys))
     scale, softcap, wanted = data.draw(scales), data.draw(softcaps), data.draw(st.booleans())
     answers_or_value_error(
-        lambda: kernel.attend_scope(keys, values, batch, scale, softcap, want_selected=wanted),
+        lambda: answered(
+            lambda entries: kernel.attend_scope(keys, values, entries, scale, softcap, wanted),
+            batch,
+            values.shape[-1],
+        ),
         batch,
     )
 
@@ -163,7 +174,12 @@ def test_attention_over_candidates_answers_or_refuses(data):
         for _ in batch
     ]
     answers_or_value_error(
-        lambda: kernel.attend_candidates(keys, values, batch, candidates, 0.5), batch
+        lambda: answered(
+            lambda entries: kernel.attend_candidates(keys, values, entries, candidates, 0.5),
+            batch,
+            values.shape[-1],
+        ),
+        batch,
     )
 
 
@@ -179,7 +195,9 @@ def test_a_sketch_answers_or_refuses(data):
             raise ValueError("no heads to fit")
         heads = [fit_sketch(k, v, None) for k, v in zip(keys, values, strict=True)]
         layer = kernel.SketchLayer(keys, values, heads)
-        return layer.attend(batch, scale, softcap, want_selected=wanted)
+        return answered(
+            lambda entries: layer.attend(entries, scale, softcap, wanted), batch, values.shape[-1]
+        )
 
     answers_or_value_error(attend, batch)
 
@@ -207,12 +225,12 @@ def test_a_long_scope_is_searched_whatever_the_budget_and_the_logits(
     rng = np.random.default_rng(group)
     queries = (stretch * rng.standard_normal((2, 2, group, 16))).astype(np.float32)
     floors = None if floor is None else np.full(queries.shape[:3], floor, np.float32)
-    rows = KernelRows(queries, 0, *edges, budget, floors)
+    entry = kernel.entry(queries, 0, *edges, budget, floors, 16)
     layer = kernel.SketchLayer(keys, keys, heads)
-    [answer] = layer.attend([rows], 1.0, softcap, want_selected=True)
-    assert not np.isnan(answer.partial.lse).any()
-    assert np.isfinite(answer.partial.output).all()
-    for ids in answer.selected:
+    _, [selected] = layer.attend([entry], 1.0, softcap, True)
+    assert not np.isnan(entry.lse).any()
+    assert np.isfinite(entry.output).all()
+    for ids in selected:
         assert (np.diff(ids) > 0).all()
         assert len(ids) == 0 or (edges[0] <= ids[0] and ids[-1] < edges[1])
 
@@ -225,6 +243,5 @@ def test_a_sketch_of_other_keys_is_refused(drop):
     parts = {name: getattr(code, name) for name in ("codes", "summaries", "model")}
     parts[drop] = parts[drop][:-1]
     short = kernel.SketchCode(code.eight, code.four, **parts)
-    rows = KernelRows(np.zeros((1, 1, 1, 16), np.float32), 0, 0, 100, Budget(top_k=1))
     with pytest.raises(ValueError, match=drop):
-        kernel.SketchLayer(keys, keys, [short]).attend([rows], 1.0)
+        kernel.SketchLayer(keys, keys, [short])
