@@ -6,6 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import repeat
 
 from longreach.types import PartialAttention
 from retrieval_node import kernel
@@ -16,8 +17,8 @@ from retrieval_node.index.kernel_rows import (
     every_position,
     explain_refusal,
     index_answer,
+    kernel_entry,
     kernel_rows,
-    local_bounds,
     local_scope,
     positions_of,
     work_in_scope,
@@ -57,21 +58,14 @@ class KernelIndex(Index):
     def _budgeted(
         self, batch: Sequence[IndexRows], scale: float, softcap: float, want_selected: bool
     ) -> list[IndexAnswer]:
-        kv, value_dim = self._kv, self._kv.values.shape[2]
-        entries = []  # a plain loop: on the token path each function called costs cache misses
-        for queries, kv_head_start, scope, budget, floor in batch:
-            start, stop = local_bounds(scope, kv)
-            entries.append(
-                kernel.entry(queries, kv_head_start, start, stop, budget, floor, value_dim)
-            )
+        kv, costs = self._kv, self._costs
+        entries = list(map(kernel_entry, batch, repeat(kv)))
         try:
             figures, selected = self.attend_entries(entries, scale, softcap, want_selected)
         except ValueError:
             explain_refusal(batch, kv)
             raise
-        answers = []
-        for entry, sums in zip(entries, figures, strict=True):
-            answers.append(index_answer(entry, sums, self._costs))
+        answers = list(map(index_answer, entries, figures, repeat(costs)))
         if want_selected:
             return [
                 answer._replace(selected=positions_of(lists, answer.partial.lse.shape, kv.start))

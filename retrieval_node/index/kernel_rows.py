@@ -55,8 +55,10 @@ def kernel_rows(rows: IndexRows, kv: LayerKv) -> KernelRows:
 
 
 def kernel_entry(rows: IndexRows, kv: LayerKv) -> Entry:
-    """The same rows with a budget and room for their answer."""
-    return entry(*kernel_rows(rows, kv), kv.values.shape[2])
+    """The same rows with a budget and room for their answer. Called for each on the token path."""
+    queries, kv_head_start, scope, budget, floor = rows
+    start, stop = local_bounds(scope, kv)
+    return entry(queries, kv_head_start, start, stop, budget, floor, kv.values.shape[2])
 
 
 def check_rows(rows: IndexRows, kv: LayerKv) -> None:
