@@ -63,7 +63,9 @@ def page(output: Path) -> str:
             f"hypervisor. Configuration: `{json.dumps(report['config'])}`",
             "",
         ]
-        lines += [f"![{name}]({name}.png)", ""] if (output / f"{name}.png").exists() else []
+        for picture in (f"{name}.png", f"{name}-growth.png"):
+            if (output / picture).exists():
+                lines += [f"![{name}]({picture})", ""]
         lines += table(report["results"])
         if report["targets"]:
             lines += ["", *table(report["targets"])]

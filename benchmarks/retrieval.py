@@ -242,9 +242,10 @@ def main() -> None:
     check_targets(report, written.rows)
     report.finish(given.json)
     if given.json is not None:
-        from benchmarks.retrieval_plot import plot
+        from benchmarks.retrieval_plot import plot, plot_growth
 
         plot(written.rows, given.json.with_suffix(".png"))
+        plot_growth(written.rows, given.json.with_name(f"{given.json.stem}-growth.png"))
 
 
 if __name__ == "__main__":
