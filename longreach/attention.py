@@ -13,6 +13,8 @@ import numpy as np
 
 from longreach.types import FloatArray, PartialAttention, StorageArray
 
+_LOWEST = np.finfo(np.float32).min
+
 
 def empty_partial(shape: tuple[int, ...], value_dim: int) -> PartialAttention:
     """Attention over no keys: zeros and -inf, for queries of the given leading shape."""
@@ -88,13 +90,13 @@ def merge(parts: Sequence[PartialAttention]) -> PartialAttention:
     """Attention over the union of disjoint key sets, from its parts (same shapes)."""
     if len(parts) == 1:
         return parts[0]
-    lses = np.stack([part.lse for part in parts])
+    lses = np.array([part.lse for part in parts], np.float32)
     highest = lses.max(axis=0)
-    safe = np.where(np.isfinite(highest), highest, np.float32(0))
-    weights = np.exp(lses - safe)
-    total = weights.sum(axis=0)
-    shares = weights / np.where(total > 0, total, np.float32(1))
-    output = sum(share[..., None] * part.output for share, part in zip(shares, parts, strict=True))
-    with np.errstate(divide="ignore"):
-        lse = np.log(total) + safe
-    return PartialAttention(np.asarray(output, np.float32), lse.astype(np.float32))
+    # Where no part saw a key, a finite number keeps -inf - -inf from being NaN.
+    shares = np.exp(lses - np.maximum(highest, _LOWEST))
+    total = np.maximum(shares.sum(axis=0), np.float32(1))  # the highest alone weighs 1
+    shares /= total
+    output = shares[0, ..., None] * parts[0].output
+    for share, part in zip(shares[1:], parts[1:], strict=True):
+        output += share[..., None] * part.output
+    return PartialAttention(np.asarray(output, np.float32), np.log(total) + highest)
