@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import repeat
 
-from longreach.types import PartialAttention
+from longreach.types import PartialAttention, WorkFigures
 from retrieval_node import kernel
 from retrieval_node.index.base import Index, IndexAnswer, IndexRows, LayerKv
 from retrieval_node.index.kernel_rows import (
@@ -19,9 +18,9 @@ from retrieval_node.index.kernel_rows import (
     index_answer,
     kernel_entry,
     kernel_rows,
+    local_bounds,
     local_scope,
     positions_of,
-    work_in_scope,
 )
 
 
@@ -125,12 +124,17 @@ def attend_whole(
 def _whole_answer(
     rows: IndexRows, kv: LayerKv, partial: PartialAttention, attend_s: float, want_selected: bool
 ) -> IndexAnswer:
-    scope = work_in_scope(rows, kv)
-    work = replace(
-        scope,
-        keys_scanned=scope.keys_in_scope,
-        keys_attended=scope.keys_in_scope,
-        bytes_read=scope.bytes_in_scope,
+    start, stop = local_bounds(rows.scope, kv)
+    count, heads, _ = partial.lse.shape
+    pairs = count * heads * (stop - start)
+    read = pairs * kv.row_bytes
+    work = WorkFigures(
+        keys_in_scope=pairs,
+        keys_scanned=pairs,
+        keys_attended=pairs,
+        bytes_read=read,
+        bytes_in_scope=read,
+        keys_covered=pairs,
     )
     selected = None
     if want_selected:

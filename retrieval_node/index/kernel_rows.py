@@ -98,12 +98,6 @@ def check_finite(rows: IndexRows) -> None:
         raise InvalidRequest("queries hold NaN or infinity; send finite values")
 
 
-def work_in_scope(rows: IndexRows, kv: LayerKv) -> WorkFigures:
-    """The part of the work figures that the scope alone decides."""
-    pairs = rows.queries.shape[0] * rows.queries.shape[1] * len(local_scope(rows, kv))
-    return WorkFigures(keys_in_scope=pairs, keys_covered=pairs, bytes_in_scope=pairs * kv.row_bytes)
-
-
 def index_answer(entry: Entry, figures: tuple[int, ...], costs: RowCosts) -> IndexAnswer:
     """The kernel's answer with its figures as work."""
     scanned, sketched, attended, tail_rows, code_bytes, search_ns, attend_ns = figures
