@@ -37,16 +37,15 @@ class RoarGraphInFaiss(Hnsw):
 
     def build(self, keys: FloatArray) -> Any:
         """See Peer.build."""
-        padded = padded_neighbours(self._graph)
-        count, degree = padded.shape
-        index = faiss.IndexHNSWFlat(keys.shape[1], degree // 2, faiss.METRIC_INNER_PRODUCT)
+        offsets, neighbours = ended_neighbours(self._graph)
+        count, degree = len(keys), int(np.diff(self._graph.offsets).max(initial=2))
+        index = faiss.IndexHNSWFlat(keys.shape[1], -(-degree // 2), faiss.METRIC_INNER_PRODUCT)
         index.storage.add(keys)
         index.ntotal = count
         graph = index.hnsw
         faiss.copy_array_to_vector(np.ones(count, np.int32), graph.levels)
-        offsets = np.arange(count + 1, dtype=np.uint64) * degree
         faiss.copy_array_to_vector(offsets, graph.offsets)
-        faiss.copy_array_to_vector(padded.reshape(-1), graph.neighbors)
+        faiss.copy_array_to_vector(neighbours, graph.neighbors)
         graph.entry_point = self._graph.entry
         graph.max_level = 0
         return index
@@ -56,10 +55,13 @@ class RoarGraphInFaiss(Hnsw):
         faiss.write_index(self.index, str(path))
 
 
-def padded_neighbours(graph: KeyGraph) -> np.ndarray:
-    """Neighbours [n, an even degree] int32, -1 where a key has fewer."""
-    sizes = np.diff(graph.offsets)
-    degree = int(sizes.max(initial=2) + 1) // 2 * 2
-    padded = np.full((len(sizes), degree), -1, np.int32)
-    padded[np.arange(degree) < sizes[:, None]] = graph.edges
-    return padded
+def ended_neighbours(graph: KeyGraph) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets [n + 1] uint64 and neighbours int32, each key's list with a -1 behind it.
+
+    faiss reads up to the largest degree from a key's offset on, or to the first -1. A table of the
+    largest degree would be mostly empty: few keys have a hundred times the usual neighbours.
+    """
+    count = len(graph.offsets) - 1
+    neighbours = np.insert(graph.edges, graph.offsets[1:], np.int32(-1))
+    offsets = graph.offsets + np.arange(count + 1)
+    return offsets.astype(np.uint64), neighbours
