@@ -214,12 +214,13 @@ class Builder {
     return graph;
   }
 
-  // Pruned reverse edges can leave a key without a way in. Such a key gets an edge from the first
-  // of its own neighbours that can be reached, or from the entry.
+  // Pruned reverse edges can leave a key without a way in. Such a key gets an edge from that of its
+  // own neighbours which can be reached and has the fewest edges: what many keys hang on is read
+  // whole by every search that comes by. The entry gives an edge where nothing else can.
   void reach_all(Adjacency& all) const {
     KeySet reached;
     reached.clear(count_);
-    std::vector<int32_t> open;
+    std::vector<int32_t> open, left;
     const auto flood = [&](int32_t from) {
       open.assign(1, from);
       reached.add(from);
@@ -230,13 +231,32 @@ class Builder {
           if (reached.add(next)) open.push_back(next);
       }
     };
+    const auto way_in = [&](int32_t v) {
+      int32_t from = -1;
+      for (const int32_t key : all[v])
+        if (reached.holds(key) && (from < 0 || all[key].size() < all[from].size())) from = key;
+      return from;
+    };
     if (count_ > 0) flood(entry_);
-    for (int64_t v = 0; v < count_; ++v) {
-      if (reached.holds(static_cast<int32_t>(v))) continue;
-      const auto from = std::find_if(all[v].begin(), all[v].end(),
-                                     [&](int32_t key) { return reached.holds(key); });
-      all[from == all[v].end() ? entry_ : *from].push_back(static_cast<int32_t>(v));
-      flood(static_cast<int32_t>(v));
+    for (int64_t v = 0; v < count_; ++v)
+      if (!reached.holds(static_cast<int32_t>(v))) left.push_back(static_cast<int32_t>(v));
+    while (!left.empty()) {
+      size_t stuck = 0;
+      for (const int32_t v : left) {
+        if (reached.holds(v)) continue;
+        const int32_t from = way_in(v);
+        if (from < 0) {
+          left[stuck++] = v;
+          continue;
+        }
+        all[from].push_back(v);
+        flood(v);
+      }
+      if (stuck == left.size()) {
+        all[entry_].push_back(left[0]);
+        flood(left[0]);
+      }
+      left.resize(stuck);
     }
   }
 
