@@ -16,6 +16,9 @@ BENCHMARKS = (
     "prefill_offload", "telemetry", "gpu",
 )  # fmt: skip
 
+MOST_ROWS = 150
+"""Rows of a report that the page shows; where there are more, pictures and targets say it."""
+
 
 def run(name: str, output: Path, quick: bool) -> Path:
     """Runs one benchmark in a process of its own; returns where its JSON is."""
@@ -66,7 +69,10 @@ def page(output: Path) -> str:
         for picture in (f"{name}.png", f"{name}-growth.png"):
             if (output / picture).exists():
                 lines += [f"![{name}]({picture})", ""]
-        lines += table(report["results"])
+        if len(report["results"]) <= MOST_ROWS:
+            lines += table(report["results"])
+        else:
+            lines.append(f"The {len(report['results'])} rows are in [{path.name}]({path.name}).")
         if report["targets"]:
             lines += ["", *table(report["targets"])]
         for skipped in report["skipped"]:

@@ -12,13 +12,13 @@ from longreach.types import QuerySample
 from retrieval_node.index.base import INDEX_KINDS, BuildControl, Index, LayerKv
 
 EXACT_BELOW = 16_384
-"""Shards of fewer keys are attended whole: no build is worth waiting for there. At 32K keys the
-sketch takes about half of exact attention's time, and the advantage shrinks with the length."""
+"""Shards of fewer keys are attended whole, without error and without a build. The sketch takes less
+than half of exact attention's time there too, but that is a few tenths of a millisecond."""
 
 PREFERRED = ("sketch", "hnsw")
-"""Kinds for longer shards, best first; the first that is registered is taken. At 32K and 128K keys,
+"""Kinds for longer shards, best first; the first that is registered is taken. From 8K to 1M keys,
 structured and hard heads alike, the sketch answered sooner than any graph at every recall, built in
-a hundredth of the time and in a quarter of the memory; at 512K too (docs/adr/0003)."""
+a hundredth of the time and in a quarter of the memory (docs/adr/0003)."""
 
 
 def kind_for(keys: int) -> str:
