@@ -65,22 +65,10 @@ class KernelRows(NamedTuple):
     logit_floor: FloatArray | None = None
 
 
-class Figures(NamedTuple):
-    """What an entry cost, summed over its rows and KV heads."""
-
-    scanned: int
-    """Key rows read."""
-    sketched: int
-    """Keys scored by a code."""
-    attended: int
-    """Keys in the softmax of at least one query head of the group."""
-    tail_rows: int
-    """Value summaries read."""
-    code_bytes: int
-    """Bytes of codes read."""
-    search_ns: int
-    attend_ns: int
-    """Nanoseconds of the threads that ran it."""
+Figures = tuple[int, int, int, int, int, int, int]
+"""What an entry cost, summed over its rows and KV heads: key rows read, keys scored by a code, keys
+in the softmax of at least one query head of the group, value summaries read, bytes of codes read,
+and the nanoseconds that threads searched and attended."""
 
 
 class Entry(NamedTuple):
@@ -100,7 +88,7 @@ class Entry(NamedTuple):
     logit_floor: FloatArray | None
 
 
-Results = tuple[list[tuple[int, ...]], list[list[np.ndarray]]]
+Results = tuple[list[Figures], list[list[np.ndarray]]]
 """What a call tells of its entries beside their answers: the Figures of each, and, when they are
 wanted, the kept keys (counted from the first) of each (row, head, query head), flattened."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from longreach.errors import InvalidRequest
 from longreach.types import FloatArray, IntArray, PartialAttention, Span, WorkFigures
 from retrieval_node.index.base import IndexAnswer, IndexRows, LayerKv
-from retrieval_node.kernel import Entry, KernelRows, entry
+from retrieval_node.kernel import Entry, Figures, KernelRows, entry
 
 
 def local_scope(rows: IndexRows, kv: LayerKv) -> Span:
@@ -98,7 +98,7 @@ def check_finite(rows: IndexRows) -> None:
         raise InvalidRequest("queries hold NaN or infinity; send finite values")
 
 
-def index_answer(entry: Entry, figures: tuple[int, ...], costs: RowCosts) -> IndexAnswer:
+def index_answer(entry: Entry, figures: Figures, costs: RowCosts) -> IndexAnswer:
     """The kernel's answer with its figures as work."""
     scanned, sketched, attended, tail_rows, code_bytes, search_ns, attend_ns = figures
     key, value, summary = costs
