@@ -140,6 +140,12 @@ def test_short_neighbour_lists_still_give_a_connected_graph(lists: np.ndarray) -
     assert reachable(graph(lists=lists)).all()
 
 
+def test_keys_that_few_queries_reach_do_not_all_hang_on_the_same() -> None:
+    taught_by_few = graph(lists=neighbours()[:20])
+    assert reachable(taught_by_few).all()
+    assert np.diff(taught_by_few.offsets).max() <= 3 * SHAPE.degree
+
+
 def test_queries_of_all_heads_are_merged_not_averaged() -> None:
     queries = np.arange(2 * 40 * 4, dtype=np.float32).reshape(2, 40, 4)
     chosen = training_queries(GroupQueries(queries, np.arange(40)), keys=80)
